@@ -183,7 +183,8 @@ class Sparsity:
         importance: Score that ranks a group: `sobel` (paper, Eq. 1), `dispersion` (the authors'
             released code), or the controls `uniform` and `random`.
         features: What the score looks at: the attention's `keys` or the block's `input`.
-        per_head: Whether every attention head ranks for itself (needs `features="keys"`).
+        per_head: Whether every attention head ranks for itself; needs `features="keys"` and no
+            block ranking. Heads that share rank their concatenated keys.
         mlp_start: First block whose MLP may be routed; None is the block after the first global
             one. Blocks with global attention always run their MLP on all tokens.
         block_size: Queries and keys in a block of the attention layout.
@@ -217,8 +218,11 @@ class Sparsity:
         _check_choice("ranking", self.ranking, Ranking)
         _check_choice("importance", self.importance, Importance)
         _check_choice("features", self.features, Features)
-        if self.per_head and self.features != "keys":
-            raise ValueError(f"per_head needs features='keys', got features={self.features!r}")
+        if self.per_head and (self.features != "keys" or self.ranking == "block"):
+            raise ValueError(
+                "per_head needs features='keys' and a ranking of groups, "
+                f"got features={self.features!r} and ranking={self.ranking!r}"
+            )
         if self.mlp_start is not None and self.mlp_start < 0:
             raise ValueError(f"mlp_start must be a block number or None, got {self.mlp_start}")
         if self.block_size < 1:

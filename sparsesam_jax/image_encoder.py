@@ -1,0 +1,291 @@
+"""SAM's image encoder, dense or with SparseSAM's Stripe-Sort attention and routed MLP."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.stripe_attention import stripe_attention
+from pallas_kernels.window_attention import window_attention
+from sparsesam_jax import orders
+from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+from sparsesam_jax.layers import DTypes, MLPBlock, conv, gelu, layer_norm, linear
+from sparsesam_jax.plan import Plan, check_sparsity
+
+_LAYER_NORM_EPSILON = 1e-6
+
+
+class ImageEncoder(nnx.Module):
+    """Plain ViT with windowed and global attention blocks and a convolutional neck.
+
+    With a `Sparsity`, attention runs on the key blocks of a static `BlockLayout` (SparseSAM,
+    Stripe-Sort attention), and the MLP of windowed blocks after the first global one runs on the
+    most important tokens only (Residual-Consistency MLP): those get `x + MLP(LN(x))`, the others
+    keep x. What is important is ranked once a forward and kind of block, at the first of it.
+
+    Args:
+        config: Shape of the encoder.
+        sparsity: What to keep; None is the dense encoder, which is SAM exactly.
+        dtypes: Compute and parameter dtype.
+        implementation: `"xla"`, `"mosaic_gpu"` or `"auto"`, see `pallas_kernels.implementation`.
+        rngs: Source of the initial parameters.
+
+    Raises:
+        ValueError: The sparsity has per-block densities for another depth, or routes an MLP
+            before the first global block has ranked the tokens.
+    """
+
+    def __init__(
+        self,
+        config: ImageEncoderConfig,
+        *,
+        sparsity: Sparsity | None = None,
+        dtypes: DTypes = DTypes(),
+        implementation: Implementation = "auto",
+        rngs: nnx.Rngs,
+    ):
+        d, grid = config.embed_dim, config.grid_size
+        self.config = config
+        self.dtypes = dtypes
+        self.implementation: Implementation = implementation
+        self.patch_embed = PatchEmbed(config, dtypes=dtypes, rngs=rngs)
+        self.pos_embed = nnx.Param(jnp.zeros((1, grid, grid, d), dtypes.param))
+        self.blocks = nnx.List(
+            Block(config, index, dtypes=dtypes, rngs=rngs) for index in range(config.depth)
+        )
+        self.neck = nnx.List(
+            [
+                conv(d, config.out_chans, 1, use_bias=False, dtypes=dtypes, rngs=rngs),
+                layer_norm(config.out_chans, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs),
+                conv(
+                    config.out_chans,
+                    config.out_chans,
+                    3,
+                    use_bias=False,
+                    dtypes=dtypes,
+                    rngs=rngs,
+                ),
+                layer_norm(config.out_chans, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs),
+            ]
+        )
+        self.set_sparsity(sparsity)
+
+    def set_sparsity(self, sparsity: Sparsity | None) -> None:
+        """Change what is kept; the parameters stay. None is the dense encoder."""
+        if sparsity is not None:
+            check_sparsity(sparsity, self.config)
+        self.sparsity = sparsity
+
+    def __call__(
+        self, pixels: Float[Array, "B height width 3"]
+    ) -> Float[Array, "B Gh Gw out_chans"]:
+        """Encode normalised, padded images.
+
+        Args:
+            pixels: Normalised RGB images; sides are multiples of the patch size. Position tables
+                are interpolated for another size than `config.image_size`.
+
+        Returns:
+            Features in the compute dtype, one a patch.
+
+        Raises:
+            ValueError: `pixels` is not [B, height, width, 3] with such sides.
+        """
+        return self.neck_features(self.block_outputs(pixels)[-1])
+
+    def block_outputs(self, pixels: Float[Array, "B height width 3"]) -> list[Array]:
+        """The tokens after every block, each [B, Gh, Gw, d]; arguments as `__call__`."""
+        x = self.embed(pixels)
+        plan = Plan(self.config, self.sparsity, x.shape[1:3], self.implementation)
+        outputs = []
+        for block in self.blocks:
+            x = block(x, plan)
+            outputs.append(x)
+        return outputs
+
+    def embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B Gh Gw d"]:
+        """Patch embedding plus absolute position."""
+        patch = self.config.patch_size
+        if pixels.ndim != 4 or pixels.shape[3] != 3 or any(s % patch for s in pixels.shape[1:3]):
+            raise ValueError(
+                f"pixels must be [B, height, width, 3] with sides divisible by {patch}, "
+                f"got {pixels.shape}"
+            )
+        x = self.patch_embed(pixels.astype(self.dtypes.compute))
+        position = self.pos_embed[...]
+        if position.shape[1:3] != x.shape[1:3]:
+            shape = (1, *x.shape[1:3], position.shape[3])
+            position = jax.image.resize(position, shape, "linear", antialias=False)
+        return x + position.astype(x.dtype)
+
+    def neck_features(self, x: Float[Array, "B Gh Gw d"]) -> Float[Array, "B Gh Gw out_chans"]:
+        """The neck: tokens of the last block to features."""
+        for layer in self.neck:
+            x = layer(x)
+        return x
+
+
+class PatchEmbed(nnx.Module):
+    """Non-overlapping patches to tokens."""
+
+    def __init__(self, config: ImageEncoderConfig, *, dtypes: DTypes, rngs: nnx.Rngs):
+        patch = config.patch_size
+        self.proj = conv(3, config.embed_dim, patch, stride=patch, dtypes=dtypes, rngs=rngs)
+
+    def __call__(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B Gh Gw d"]:
+        """Project each patch."""
+        return self.proj(pixels)
+
+
+class Block(nnx.Module):
+    """Transformer block: windowed or global attention, then the MLP, both residual."""
+
+    def __init__(self, config: ImageEncoderConfig, index: int, *, dtypes: DTypes, rngs: nnx.Rngs):
+        d = config.embed_dim
+        self.index = index
+        self.norm1 = layer_norm(d, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs)
+        self.attn = Attention(config, index, dtypes=dtypes, rngs=rngs)
+        self.norm2 = layer_norm(d, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs)
+        self.mlp = MLPBlock(d, config.mlp_dim, activation=gelu, dtypes=dtypes, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B Gh Gw d"], plan: Plan) -> Array:
+        """Apply the block; the first of its kind also ranks the tokens into `plan`."""
+        x = x + self.attn(self.norm1(x), x, plan)
+        routed = plan.routed_tokens(self.index)
+        if routed is None:
+            return x + self.mlp(self.norm2(x))
+        batch, height, width, d = x.shape
+        tokens = x.reshape(batch, -1, d)
+        update = self.mlp(self.norm2(jnp.take_along_axis(tokens, routed[..., None], axis=1)))
+        image = jnp.arange(batch)[:, None]
+        tokens = tokens.at[image, routed].add(update, unique_indices=True)
+        return tokens.reshape(batch, height, width, d)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with decomposed relative position bias.
+
+    `softmax(q k^T / sqrt(D) + BH + BW) v` with `BH[q, k] = q . R_h[row(q) - row(k) + S - 1]` and BW
+    likewise for columns. Keys and values are projected without their bias: the key bias adds the
+    same to all logits of a query, so it cancels, and the value bias passes through the softmax
+    unchanged, so it is added behind it. A padded token of a window is then k = 0, v = 0.
+    """
+
+    def __init__(self, config: ImageEncoderConfig, index: int, *, dtypes: DTypes, rngs: nnx.Rngs):
+        d, head_dim = config.embed_dim, config.head_dim
+        self.index = index
+        self.num_heads = config.num_heads
+        self.dtypes = dtypes
+        self.window_size = None if config.is_global(index) else config.window_size
+        side = self.window_size or config.grid_size
+        self.qkv = linear(d, 3 * d, dtypes=dtypes, rngs=rngs)
+        self.proj = linear(d, d, dtypes=dtypes, rngs=rngs)
+        self.rel_pos_h = nnx.Param(jnp.zeros((2 * side - 1, head_dim), dtypes.param))
+        self.rel_pos_w = nnx.Param(jnp.zeros((2 * side - 1, head_dim), dtypes.param))
+
+    def __call__(
+        self, x: Float[Array, "B Gh Gw d"], block_input: Float[Array, "B Gh Gw d"], plan: Plan
+    ) -> Float[Array, "B Gh Gw d"]:
+        """Attend over the grid or in windows.
+
+        Args:
+            x: The tokens after LayerNorm.
+            block_input: The tokens before it, which a ranking may look at.
+            plan: Layouts and rankings of this forward.
+        """
+        q, k, v, key_bias, value_bias = self._project(x)
+        rel_h, rel_w = self._relative_position(q)
+        if self.window_size:
+            plan.rank_windows(self.index, k, key_bias, block_input)
+            layout, order = plan.window_layout(self.index)
+            out = window_attention(
+                q,
+                k,
+                v,
+                rel_h,
+                rel_w,
+                window_size=self.window_size,
+                layout=layout,
+                order=order,
+                implementation=plan.implementation,
+            )
+        else:
+            plan.rank_grid(self.index, k, key_bias, block_input)
+            out = self._attend_grid(q, k, v, rel_h, rel_w, plan)
+        out = out + value_bias
+        return self.proj(out.reshape(x.shape))
+
+    def _project(self, x: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """q with its bias, k and v without, [B, Gh, Gw, H, D], and their biases [H, D]."""
+        kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
+        qkv = jnp.matmul(x, kernel, precision=self.dtypes.precision)
+        qkv = qkv.reshape(*x.shape[:3], 3, self.num_heads, -1)
+        bias = bias.reshape(3, self.num_heads, -1)
+        return qkv[..., 0, :, :] + bias[0], qkv[..., 1, :, :], qkv[..., 2, :, :], bias[1], bias[2]
+
+    def _relative_position(self, q: Array) -> tuple[Array, Array]:
+        """The query side of the bias: rel_h [B, Gh, Gw, H, Sh] and rel_w [B, Gh, Gw, H, Sw]."""
+        height, width = q.shape[1:3]
+        by_row = relative_table(self.rel_pos_h[...], height, self.window_size).astype(q.dtype)
+        by_col = relative_table(self.rel_pos_w[...], width, self.window_size).astype(q.dtype)
+        options = {
+            "precision": self.dtypes.precision,
+            "preferred_element_type": jnp.float32,
+        }
+        return (
+            jnp.einsum("byxhd,yid->byxhi", q, by_row, **options),
+            jnp.einsum("byxhd,xjd->byxhj", q, by_col, **options),
+        )
+
+    def _attend_grid(
+        self, q: Array, k: Array, v: Array, rel_h: Array, rel_w: Array, plan: Plan
+    ) -> Array:
+        batch, height, width, heads, head_dim = q.shape
+        layout, sequence, block_order = plan.grid_layout(self.index)
+        arrays = [x.reshape(batch, height * width, heads, -1) for x in (q, k, v, rel_h, rel_w)]
+        if sequence is not None:
+            arrays = [_permute(x, sequence) for x in arrays]
+        positions = np.arange(height * width) if sequence is None else sequence
+        out = stripe_attention(
+            *arrays,
+            positions // width,
+            positions % width,
+            layout=layout,
+            block_order=block_order,
+            implementation=plan.implementation,
+        )
+        if sequence is not None:
+            numpy = isinstance(sequence, np.ndarray)
+            out = _permute(out, np.argsort(sequence) if numpy else orders.inverse(sequence))
+        return out.reshape(batch, height, width, heads, head_dim)
+
+
+def relative_table(
+    rel_pos: Float[Array, "length D"], grid: int, window_size: int | None
+) -> Float[Array, "grid side D"]:
+    """Rows `rel_pos[q - k + side - 1]` for every query and key coordinate along one axis.
+
+    A table for another grid is interpolated linearly, as SAM does. In windows, q and k are
+    coordinates inside a window, and only k's run over `side = window_size`.
+    """
+    side = window_size or grid
+    length = 2 * side - 1
+    if rel_pos.shape[0] != length:
+        rel_pos = jax.image.resize(
+            rel_pos, (length, rel_pos.shape[1]), "linear", antialias=False
+        )
+    query = np.arange(grid) % side
+    return rel_pos[query[:, None] - np.arange(side)[None] + side - 1]
+
+
+def _permute(x: Array, sequence: Array | np.ndarray) -> Array:
+    """Tokens of x [B, N, H, C] in the order of a sequence [N], [B, N] or [B, H, N]."""
+    if isinstance(sequence, np.ndarray):
+        return x[:, sequence]
+    if sequence.ndim == 2:
+        return jnp.take_along_axis(x, sequence[:, :, None, None], axis=1)
+    return jnp.take_along_axis(x, sequence.swapaxes(1, 2)[..., None], axis=1)

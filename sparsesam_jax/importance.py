@@ -1,0 +1,128 @@
+"""How much a group of tokens matters: the scores that rank groups and blocks."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparsesam_jax.config import Importance
+from sparsesam_jax.orders import GROUP
+
+_SOBEL_SMOOTH = (1.0, 2.0, 1.0)
+_SOBEL_DIFFERENCE = (-1.0, 0.0, 1.0)
+
+
+def group_importance(
+    features: Float[Array, "*batch N C"],
+    order: Int[np.ndarray, " N"],
+    *,
+    grid: tuple[int, int],
+    importance: Importance,
+    seed: int = 0,
+) -> Float[Array, "*batch G"]:
+    """Score of every full group of a curve, float32; a larger score is more important.
+
+    - `sobel` (SparseSAM, Eq. 1): `sqrt((Sx * X)^2 + (Sy * X)^2)` per channel, mean over channels
+      and over the group's members. The feature map's edge is replicated.
+    - `dispersion` (the authors' released code): `z(std) + z(-similarity)`, where std is the
+      unbiased standard deviation over a group's members, mean over channels; similarity is the
+      mean cosine similarity of the group's mean vector to every other group's; and z
+      standardises over the groups.
+    - `uniform`: all scores equal. `random`: one fixed draw, the same for the whole batch.
+
+    Args:
+        features: Feature map in raster order; leading axes are ranked independently.
+        order: The curve that forms the groups.
+        grid: Rows and columns of the feature map, with `N = rows * columns`.
+        importance: Which score.
+        seed: Seed of `random`.
+    """
+    batch, num_groups = features.shape[:-2], len(order) // GROUP
+    if importance == "uniform":
+        return jnp.zeros((*batch, num_groups), jnp.float32)
+    if importance == "random":
+        draw = np.random.default_rng(seed).random(num_groups, np.float32)
+        return jnp.broadcast_to(draw, (*batch, num_groups))
+    features = features.astype(jnp.float32)
+    if importance == "sobel":
+        magnitude = _sobel_magnitude(features.reshape(*batch, *grid, -1)).reshape(*batch, -1)
+        return _members(magnitude[..., None], order)[..., 0].mean(-1)
+    if importance == "dispersion":
+        return _dispersion(_members(features, order))
+    raise ValueError(
+        f"importance must be sobel, dispersion, uniform or random; got {importance!r}"
+    )
+
+
+def rank(scores: Float[Array, "*batch G"]) -> Int[Array, "*batch G"]:
+    """Indices by descending score; equal scores keep their order."""
+    return jnp.argsort(-scores, axis=-1, stable=True)
+
+
+def block_importance(
+    scores: Float[Array, "*batch G"],
+    order: Int[np.ndarray, " N"],
+    sequence: Int[np.ndarray, " N"],
+    block_size: int,
+) -> Float[Array, "*batch K"]:
+    """Mean group score of the tokens of each full block of a sequence; K = N // block_size.
+
+    Tokens of the short last group have no score of their own and do not count.
+    """
+    num_groups = len(order) // GROUP
+    group_of = np.empty(len(order), np.int32)
+    group_of[order] = np.arange(len(order)) // GROUP
+    full = len(sequence) // block_size * block_size
+    groups = group_of[sequence[:full]].reshape(-1, block_size)
+    scored = groups < num_groups
+    members = jnp.where(scored, scores[..., np.where(scored, groups, 0)], 0.0)
+    return members.sum(-1) / np.maximum(scored.sum(-1), 1)
+
+
+def _members(features: Array, order: np.ndarray) -> Array:
+    """Features [*batch, N, C] of every full group's members, [*batch, G, 4, C]."""
+    full = len(order) // GROUP * GROUP
+    members = jnp.take(features, order[:full], axis=-2)
+    return members.reshape(*features.shape[:-2], -1, GROUP, features.shape[-1])
+
+
+def _dispersion(members: Array) -> Array:
+    spread = members.std(-2, ddof=1).mean(-1)
+    centre = members.mean(-2)
+    unit = centre / jnp.maximum(jnp.linalg.norm(centre, axis=-1, keepdims=True), 1e-12)
+    # The mean cosine to all others is a product with their sum, less the group's own share.
+    own = (unit * unit).sum(-1)
+    others = max(unit.shape[-2] - 1, 1)
+    similarity = ((unit * unit.sum(-2, keepdims=True)).sum(-1) - own) / others
+    return _standardise(spread) + _standardise(-similarity)
+
+
+def _standardise(x: Array) -> Array:
+    deviation = x.std(-1, ddof=1 if x.shape[-1] > 1 else 0, keepdims=True)
+    return (x - x.mean(-1, keepdims=True)) / (deviation + 1e-6)
+
+
+def _sobel_magnitude(features: Array) -> Array:
+    """Gradient magnitude of [*batch, rows, columns, C], mean over channels."""
+    vertical, horizontal = (
+        _filter(_filter(features, first, axis=-3), second, axis=-2)
+        for first, second in (
+            (_SOBEL_DIFFERENCE, _SOBEL_SMOOTH),
+            (_SOBEL_SMOOTH, _SOBEL_DIFFERENCE),
+        )
+    )
+    return jnp.sqrt(vertical**2 + horizontal**2).mean(-1)
+
+
+def _filter(x: Array, taps: tuple[float, ...], axis: int) -> Array:
+    """A 3-tap filter along one axis, the edge replicated."""
+    axis %= x.ndim
+    padded = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)], mode="edge")
+    length = x.shape[axis]
+    return sum(
+        tap * jax.lax.slice_in_dim(padded, i, i + length, axis=axis)
+        for i, tap in enumerate(taps)
+        if tap
+    )

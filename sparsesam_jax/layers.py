@@ -1,0 +1,158 @@
+"""Building blocks that image encoder, prompt encoder and mask decoder share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels.reference import matmul_precision
+
+
+@dataclasses.dataclass(frozen=True)
+class DTypes:
+    """What a model computes in and what its parameters are kept in.
+
+    LayerNorm, softmax and accumulation are float32 whatever `compute` is.
+    """
+
+    compute: DTypeLike = jnp.float32
+    param: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("compute", "param"):
+            dtype = jnp.dtype(getattr(self, name))
+            if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+                raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+            object.__setattr__(self, name, dtype)
+
+    @property
+    def precision(self) -> jax.lax.Precision | None:
+        """Precision of the products: float32 means float32 on a GPU too."""
+        return matmul_precision(jnp.dtype(self.compute))
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU, `x Phi(x)`."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def linear(
+    inputs: int, outputs: int, *, use_bias: bool = True, dtypes: DTypes, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A linear layer with SAM's dtypes."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=use_bias,
+        dtype=dtypes.compute,
+        param_dtype=dtypes.param,
+        precision=dtypes.precision,
+        rngs=rngs,
+    )
+
+
+def conv(
+    inputs: int,
+    outputs: int,
+    kernel_size: int,
+    *,
+    stride: int = 1,
+    use_bias: bool = True,
+    dtypes: DTypes,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A square convolution that keeps the size (stride 1) or cuts into patches."""
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (kernel_size, kernel_size),
+        strides=(stride, stride),
+        padding="SAME" if stride == 1 else "VALID",
+        use_bias=use_bias,
+        dtype=dtypes.compute,
+        param_dtype=dtypes.param,
+        precision=dtypes.precision,
+        rngs=rngs,
+    )
+
+
+def layer_norm(features: int, epsilon: float, *, dtypes: DTypes, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the last axis, float32 inside; on `B H W C` this is SAM's LayerNorm2d."""
+    return nnx.LayerNorm(
+        features,
+        epsilon=epsilon,
+        dtype=dtypes.compute,
+        param_dtype=dtypes.param,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+def embedding(rows: int, features: int, *, dtypes: DTypes, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table of learned vectors."""
+    return nnx.Embed(rows, features, dtype=dtypes.compute, param_dtype=dtypes.param, rngs=rngs)
+
+
+class ConvTranspose2x2(nnx.Module):
+    """Transposed convolution with kernel 2 and stride 2: every pixel becomes a 2 x 2 square.
+
+    `out[2y + i, 2x + j] = x[y, x] @ kernel[i, j] + bias`: no two taps overlap.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, dtypes: DTypes, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal(in_axis=2, out_axis=3)
+        self.kernel = nnx.Param(init(rngs.params(), (2, 2, inputs, outputs), dtypes.param))
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtypes.param))
+        self.dtypes = dtypes
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W O"]:
+        """Upscale a feature map by two."""
+        kernel, bias = (p[...].astype(self.dtypes.compute) for p in (self.kernel, self.bias))
+        out = jnp.einsum("bhwc,ijco->bhiwjo", x, kernel, precision=self.dtypes.precision) + bias
+        batch, height, _, width, _, channels = out.shape
+        return out.reshape(batch, 2 * height, 2 * width, channels)
+
+
+class MLP(nnx.Module):
+    """`depth` linear layers with ReLU between them, as SAM's hypernetworks and heads use."""
+
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, depth: int, *, dtypes: DTypes, rngs: nnx.Rngs
+    ):
+        sizes = [inputs, *[hidden] * (depth - 1), outputs]
+        self.layers = nnx.List(
+            linear(i, o, dtypes=dtypes, rngs=rngs) for i, o in zip(sizes, sizes[1:], strict=False)
+        )
+
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch O"]:
+        """Apply the layers."""
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class MLPBlock(nnx.Module):
+    """`lin2(activation(lin1(x)))`, the transformer's MLP."""
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        activation: Callable[[Array], Array],
+        dtypes: DTypes,
+        rngs: nnx.Rngs,
+    ):
+        self.lin1 = linear(features, hidden, dtypes=dtypes, rngs=rngs)
+        self.lin2 = linear(hidden, features, dtypes=dtypes, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+        """Apply the MLP to each token."""
+        return self.lin2(self.activation(self.lin1(x)))

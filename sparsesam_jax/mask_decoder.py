@@ -1,0 +1,279 @@
+"""SAM's mask decoder: a two-way transformer, hypernetworks and the IoU head; SAM-HQ's additions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from sparsesam_jax.config import SamConfig
+from sparsesam_jax.layers import (
+    MLP,
+    ConvTranspose2x2,
+    DTypes,
+    MLPBlock,
+    conv,
+    embedding,
+    gelu,
+    layer_norm,
+    linear,
+)
+
+# Meta's transformer takes torch's default epsilon, its LayerNorm2d 1e-6.
+_TRANSFORMER_EPSILON = 1e-5
+_LAYER_NORM_2D_EPSILON = 1e-6
+_ATTENTION_DOWNSAMPLE = 2
+
+
+class MaskDecoder(nnx.Module):
+    """Predicts masks and their quality from image features and embedded prompts."""
+
+    def __init__(self, config: SamConfig, *, dtypes: DTypes, rngs: nnx.Rngs):
+        channels = config.image_encoder.out_chans
+        num_masks = config.num_multimask_outputs + 1
+        options = {"dtypes": dtypes, "rngs": rngs}
+        self.num_masks = num_masks
+        self.hq = config.hq
+        self.dtypes = dtypes
+        self.transformer = TwoWayTransformer(config, **options)
+        self.iou_token = embedding(1, channels, **options)
+        self.mask_tokens = embedding(num_masks, channels, **options)
+        self.output_upscaling = nnx.List(
+            [*_upscaling(channels, channels // 4, channels // 8, **options), gelu]
+        )
+        self.output_hypernetworks_mlps = nnx.List(
+            MLP(channels, channels, channels // 8, 3, **options) for _ in range(num_masks)
+        )
+        self.iou_prediction_head = MLP(
+            channels, config.iou_head_hidden_dim, num_masks, config.iou_head_depth, **options
+        )
+        if config.hq:
+            vit_dim = config.image_encoder.embed_dim
+            self.hf_token = embedding(1, channels, **options)
+            self.hf_mlp = MLP(channels, channels, channels // 8, 3, **options)
+            self.compress_vit_feat = nnx.List(
+                _upscaling(vit_dim, channels, channels // 8, **options)
+            )
+            self.embedding_encoder = nnx.List(
+                _upscaling(channels, channels // 4, channels // 8, **options)
+            )
+            self.embedding_maskfeature = nnx.List(
+                [
+                    conv(channels // 8, channels // 4, 3, **options),
+                    layer_norm(channels // 4, _LAYER_NORM_2D_EPSILON, **options),
+                    gelu,
+                    conv(channels // 4, channels // 8, 3, **options),
+                ]
+            )
+
+    def __call__(
+        self,
+        features: Float[Array, "B Gh Gw C"],
+        position: Float[Array, "Gh Gw C"],
+        tokens: Float[Array, "B P T C"],
+        present: Bool[Array, "B P T"],
+        dense: Float[Array, "B P Gh Gw C"],
+        *,
+        multimask_output: bool,
+        early_features: Float[Array, "B Gh Gw d"] | None = None,
+        hq_token_only: bool = False,
+    ) -> tuple[Float[Array, "B P K 4*Gh 4*Gw"], Float[Array, "B P K"]]:
+        """Predict masks for every prompt of every image.
+
+        Args:
+            features: The image encoder's output.
+            position: Position embedding of the features.
+            tokens: Embedded points and boxes.
+            present: Which tokens are there; the others are masked out of every attention.
+            dense: Embedded mask prompts.
+            multimask_output: Whether to return the proposals instead of the single-mask output.
+                SAM-HQ returns one mask either way: it refines the best proposal, or the single.
+            early_features: Output of the first global block, which SAM-HQ's masks also use.
+            hq_token_only: SAM-HQ: its own mask alone instead of the sum with SAM's.
+
+        Returns:
+            Mask logits at four times the features' resolution and predicted IoU, float32.
+        """
+        batch, prompts = tokens.shape[:2]
+        grid, channels = features.shape[1:3], features.shape[3]
+        outputs = [self.iou_token.embedding[...], self.mask_tokens.embedding[...]]
+        if self.hq:
+            outputs.append(self.hf_token.embedding[...])
+        learned = jnp.concatenate(outputs).astype(tokens.dtype)
+        learned = jnp.broadcast_to(learned, (batch, prompts, *learned.shape))
+        queries = jnp.concatenate([learned, tokens], axis=2)
+        queries = queries.reshape(batch * prompts, -1, channels)
+        present = jnp.pad(
+            present, ((0, 0), (0, 0), (learned.shape[2], 0)), constant_values=True
+        ).reshape(batch * prompts, -1)
+        image = (features[:, None] + dense).reshape(batch * prompts, -1, channels)
+        queries, image = self.transformer(
+            queries, image, position.reshape(-1, channels), present
+        )
+
+        upscaled = _apply(self.output_upscaling, image.reshape(-1, *grid, channels))
+        mask_tokens = queries[:, 1 : 1 + self.num_masks]
+        weights = jnp.stack(
+            [mlp(mask_tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], 1
+        )
+        masks = self._masks(weights, upscaled)
+        iou = self.iou_prediction_head(queries[:, 0]).astype(jnp.float32)
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        masks, iou = masks[:, chosen], iou[:, chosen]
+        if self.hq:
+            if early_features is None:
+                raise ValueError("early_features must be given to a SAM-HQ decoder, got None")
+            best = iou.argmax(1)[:, None]
+            iou = jnp.take_along_axis(iou, best, 1)
+            masks = jnp.take_along_axis(masks, best[..., None, None], 1)
+            hq_features = _apply(self.embedding_encoder, features)
+            hq_features = hq_features + _apply(self.compress_vit_feat, early_features)
+            hq_upscaled = _apply(self.embedding_maskfeature, upscaled)
+            hq_upscaled = hq_upscaled + jnp.repeat(hq_features, prompts, axis=0)
+            hq = self._masks(self.hf_mlp(queries[:, 1 + self.num_masks])[:, None], hq_upscaled)
+            masks = hq if hq_token_only else masks + hq
+        return (
+            masks.reshape(batch, prompts, *masks.shape[1:]),
+            iou.reshape(batch, prompts, -1),
+        )
+
+    def _masks(self, weights: Array, upscaled: Array) -> Array:
+        """Logits [B P, K, 4 Gh, 4 Gw]: each mask's weights times the upscaled features."""
+        return jnp.einsum(
+            "bkc,bhwc->bkhw",
+            weights,
+            upscaled,
+            precision=self.dtypes.precision,
+            preferred_element_type=jnp.float32,
+        )
+
+
+class TwoWayTransformer(nnx.Module):
+    """Tokens and image attend to themselves and to each other."""
+
+    def __init__(self, config: SamConfig, *, dtypes: DTypes, rngs: nnx.Rngs):
+        channels = config.image_encoder.out_chans
+        self.layers = nnx.List(
+            TwoWayAttentionBlock(config, first=index == 0, dtypes=dtypes, rngs=rngs)
+            for index in range(config.decoder_depth)
+        )
+        self.final_attn_token_to_image = DecoderAttention(
+            channels,
+            channels // _ATTENTION_DOWNSAMPLE,
+            config.decoder_num_heads,
+            dtypes=dtypes,
+            rngs=rngs,
+        )
+        self.norm_final_attn = layer_norm(channels, _TRANSFORMER_EPSILON, dtypes=dtypes, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Float[Array, "B T C"],
+        image: Float[Array, "B N C"],
+        position: Float[Array, "N C"],
+        present: Bool[Array, "B T"],
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B N C"]]:
+        """Transform tokens and image; `present` masks tokens out as keys."""
+        queries = tokens
+        for layer in self.layers:
+            queries, image = layer(queries, image, tokens, position, present)
+        attended = self.final_attn_token_to_image(queries + tokens, image + position, image)
+        return self.norm_final_attn(queries + attended), image
+
+
+class TwoWayAttentionBlock(nnx.Module):
+    """Self-attention of the tokens, tokens to image, MLP, image to tokens."""
+
+    def __init__(self, config: SamConfig, *, first: bool, dtypes: DTypes, rngs: nnx.Rngs):
+        channels, heads = config.image_encoder.out_chans, config.decoder_num_heads
+        options = {"dtypes": dtypes, "rngs": rngs}
+        self.first = first
+        inner = channels // _ATTENTION_DOWNSAMPLE
+        self.self_attn = DecoderAttention(channels, channels, heads, **options)
+        self.cross_attn_token_to_image = DecoderAttention(channels, inner, heads, **options)
+        self.cross_attn_image_to_token = DecoderAttention(channels, inner, heads, **options)
+        self.mlp = MLPBlock(
+            channels, config.decoder_mlp_dim, activation=jax.nn.relu, dtypes=dtypes, rngs=rngs
+        )
+        for name in ("norm1", "norm2", "norm3", "norm4"):
+            setattr(self, name, layer_norm(channels, _TRANSFORMER_EPSILON, **options))
+
+    def __call__(
+        self,
+        queries: Float[Array, "B T C"],
+        image: Float[Array, "B N C"],
+        tokens: Float[Array, "B T C"],
+        position: Float[Array, "N C"],
+        present: Bool[Array, "B T"],
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B N C"]]:
+        """One layer; `tokens`, the transformer's input, serve as the queries' position."""
+        if self.first:  # the queries still are the tokens: SAM adds neither position nor residual
+            queries = self.self_attn(queries, queries, queries, present)
+        else:
+            q = queries + tokens
+            queries = queries + self.self_attn(q, q, queries, present)
+        queries = self.norm1(queries)
+        attended = self.cross_attn_token_to_image(queries + tokens, image + position, image)
+        queries = self.norm2(queries + attended)
+        queries = self.norm3(queries + self.mlp(queries))
+        attended = self.cross_attn_image_to_token(
+            image + position, queries + tokens, queries, present
+        )
+        return queries, self.norm4(image + attended)
+
+
+class DecoderAttention(nnx.Module):
+    """Multi-head attention, its inner width possibly smaller than its outer one."""
+
+    def __init__(
+        self, channels: int, inner: int, num_heads: int, *, dtypes: DTypes, rngs: nnx.Rngs
+    ):
+        if inner % num_heads:
+            raise ValueError(
+                f"decoder_num_heads must divide the attention width {inner}, got {num_heads}"
+            )
+        self.num_heads = num_heads
+        self.dtypes = dtypes
+        self.q_proj = linear(channels, inner, dtypes=dtypes, rngs=rngs)
+        self.k_proj = linear(channels, inner, dtypes=dtypes, rngs=rngs)
+        self.v_proj = linear(channels, inner, dtypes=dtypes, rngs=rngs)
+        self.out_proj = linear(inner, channels, dtypes=dtypes, rngs=rngs)
+
+    def __call__(
+        self,
+        q: Float[Array, "B Q C"],
+        k: Float[Array, "B K C"],
+        v: Float[Array, "B K C"],
+        present: Bool[Array, "B K"] | None = None,
+    ) -> Float[Array, "B Q C"]:
+        """Attend from q to the keys that are present (None: all)."""
+        options = {"precision": self.dtypes.precision, "preferred_element_type": jnp.float32}
+        q, k, v = (
+            projection(x).reshape(*x.shape[:2], self.num_heads, -1)
+            for projection, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
+        )
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, **options) * q.shape[-1] ** -0.5
+        if present is not None:
+            logits = jnp.where(present[:, None, None], logits, -jnp.inf)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, **options).astype(v.dtype)
+        return self.out_proj(out.reshape(*out.shape[:2], -1))
+
+
+def _upscaling(
+    inputs: int, hidden: int, outputs: int, *, dtypes: DTypes, rngs: nnx.Rngs
+) -> list[nnx.Module]:
+    """Two transposed convolutions, four times the resolution."""
+    return [
+        ConvTranspose2x2(inputs, hidden, dtypes=dtypes, rngs=rngs),
+        layer_norm(hidden, _LAYER_NORM_2D_EPSILON, dtypes=dtypes, rngs=rngs),
+        gelu,  # pyright: ignore[reportReturnType]
+        ConvTranspose2x2(hidden, outputs, dtypes=dtypes, rngs=rngs),
+    ]
+
+
+def _apply(layers: nnx.List, x: Array) -> Array:
+    for layer in layers:
+        x = layer(x)
+    return x

@@ -1,0 +1,175 @@
+"""What one forward of the encoder keeps: static block layouts, and rankings as they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from pallas_kernels import BlockLayout
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.reference import window_partition
+from sparsesam_jax import orders
+from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+from sparsesam_jax.importance import block_importance, group_importance, rank
+
+Grid = tuple[int, int]
+
+
+def check_sparsity(sparsity: Sparsity, config: ImageEncoderConfig) -> None:
+    """Raise ValueError if the sparsity does not fit an encoder of this shape."""
+    for index in range(config.depth):
+        sparsity.block_density(index, config.depth)
+    first = _first_global(config)
+    if sparsity.mlp_start is not None and sparsity.mlp_start <= first:
+        raise ValueError(
+            f"mlp_start must lie behind the first global block ({first}), which ranks the tokens; "
+            f"got {sparsity.mlp_start}"
+        )
+
+
+def attention_layout(
+    config: ImageEncoderConfig, sparsity: Sparsity | None, index: int, grid: Grid
+) -> BlockLayout:
+    """The block layout of one block's attention on a token grid (of its window, if windowed)."""
+    density = 1.0 if sparsity is None else sparsity.block_density(index, config.depth)[0]
+    block = 64 if sparsity is None else sparsity.block_size
+    if config.is_global(index):
+        seq_len = grid[0] * grid[1]
+        return BlockLayout.a_shape(seq_len, density, block_q=block, block_kv=block)
+    return BlockLayout.bar(config.window_size**2, density, block_q=block, block_kv=block)
+
+
+def num_routed_tokens(
+    config: ImageEncoderConfig, sparsity: Sparsity | None, index: int, grid: Grid
+) -> int | None:
+    """Tokens M that a block's MLP runs on, or None where it runs on all: `max(1, round(r N))`."""
+    first = _first_global(config)
+    if sparsity is None or config.is_global(index):
+        return None
+    start = first + 1 if sparsity.mlp_start is None else sparsity.mlp_start
+    density = sparsity.block_density(index, config.depth)[1]
+    if index < start or density == 1:
+        return None
+    return max(1, round(density * grid[0] * grid[1]))
+
+
+def _first_global(config: ImageEncoderConfig) -> int:
+    """The first global block; the depth if there is none, so that nothing lies behind it."""
+    return min(config.global_attn_indexes, default=config.depth)
+
+
+@dataclasses.dataclass
+class Plan:
+    """What the blocks of one forward share: static layouts, and the rankings once they are made."""
+
+    config: ImageEncoderConfig
+    sparsity: Sparsity | None
+    grid: Grid
+    implementation: Implementation
+    window_order: Array | np.ndarray | None = None  # rank -> place in the window
+    grid_sequence: Array | np.ndarray | None = None  # rank -> raster index
+    block_order: Array | None = None  # [B, num_kv_blocks], rank -> key block
+    token_order: Array | None = None  # [B, N], the routed MLP's order
+    ranked_kinds: set[str] = dataclasses.field(default_factory=set)
+
+    def layout(self, index: int) -> BlockLayout:
+        return attention_layout(self.config, self.sparsity, index, self.grid)
+
+    def window_layout(self, index: int) -> tuple[BlockLayout | None, Array | np.ndarray | None]:
+        """Layout and order of windowed attention; None for dense."""
+        layout = self.layout(index)
+        return (None, None) if layout.is_dense else (layout, self.window_order)
+
+    def grid_layout(
+        self, index: int
+    ) -> tuple[BlockLayout, Array | np.ndarray | None, Array | None]:
+        """Layout, token sequence and block order of global attention; dense stays in raster."""
+        layout = self.layout(index)
+        if layout.is_dense:
+            return layout, None, None
+        return layout, self.grid_sequence, self.block_order
+
+    def routed_tokens(self, index: int) -> Int[Array, "B M"] | None:
+        """Raster indices of the tokens that the block's MLP runs on; None for all."""
+        count = num_routed_tokens(self.config, self.sparsity, index, self.grid)
+        if count is None:
+            return None
+        assert self.token_order is not None
+        return self.token_order[:, :count]
+
+    def rank_windows(self, index: int, k: Array, key_bias: Array, block_input: Array) -> None:
+        """At the first windowed block: the order of the tokens in each window."""
+        sparsity = self.sparsity
+        if sparsity is None or not self._first("window"):
+            return
+        side = self.config.window_size
+        order = orders.curve_order(sparsity.curve, side, side, sparsity.seed)
+        if sparsity.ranking == "none":
+            self.window_order = _unranked(order, sparsity)
+            return
+        if sparsity.features == "keys":
+            features = window_partition(k, side) + key_bias  # padded tokens have k = b_k
+        else:
+            features = window_partition(block_input, side)[:, :, None]
+        scores = self._scores(features, order, (side, side))  # [B W, H or 1, G]
+        scores = scores.reshape(k.shape[0], -1, *scores.shape[1:])
+        if sparsity.ranking == "group":
+            sequence = orders.stripe_sequence(order, rank(scores), sparsity.layout)
+        else:
+            unranked = _unranked(order, sparsity)
+            blocks = block_importance(scores, order, unranked, sparsity.block_size)
+            sequence = orders.block_sequence(unranked, rank(blocks), sparsity.block_size)
+        self.window_order = sequence if sparsity.per_head else sequence[:, :, 0]
+
+    def rank_grid(self, index: int, k: Array, key_bias: Array, block_input: Array) -> None:
+        """At the first global block: the sequence of global attention and the MLP's token order."""
+        sparsity = self.sparsity
+        if sparsity is None or not self._first("grid"):
+            return
+        order = orders.curve_order(sparsity.curve, *self.grid, sparsity.seed)
+        features = k + key_bias if sparsity.features == "keys" else block_input[..., None, :]
+        features = features.reshape(k.shape[0], -1, *features.shape[3:])
+        scores = self._scores(features, order, self.grid)  # [B, H or 1, G]
+        group_rank = rank(scores)
+        self.token_order = orders.token_order(order, group_rank)
+        if sparsity.ranking == "group":
+            sequence = orders.stripe_sequence(order, group_rank, sparsity.layout)
+            self.grid_sequence = sequence if sparsity.per_head else sequence[:, 0]
+            return
+        self.grid_sequence = unranked = _unranked(order, sparsity)
+        if sparsity.ranking == "block":
+            blocks = block_importance(scores.mean(1), order, unranked, sparsity.block_size)
+            partial = len(unranked) // sparsity.block_size
+            last = np.arange(partial, -(-len(unranked) // sparsity.block_size))
+            last = jnp.broadcast_to(last, (blocks.shape[0], len(last)))
+            self.block_order = jnp.concatenate([rank(blocks), last], axis=-1)
+
+    def _first(self, kind: str) -> bool:
+        """Whether this is the first block of its kind."""
+        first = kind not in self.ranked_kinds
+        self.ranked_kinds.add(kind)
+        return first
+
+    def _scores(self, features: Array, order: np.ndarray, grid: Grid) -> Array:
+        """Group scores [B, H or 1, G] of features [B, N, H, C]; heads that share are one."""
+        assert self.sparsity is not None
+        if not self.sparsity.per_head:
+            features = features.reshape(*features.shape[:2], 1, -1)
+        return group_importance(
+            features.swapaxes(1, 2),
+            order,
+            grid=grid,
+            importance=self.sparsity.importance,
+            seed=self.sparsity.seed,
+        )
+
+
+def _unranked(order: np.ndarray, sparsity: Sparsity) -> np.ndarray:
+    """The static sequence of the groups in the curve's own order."""
+    groups = np.arange(len(order) // orders.GROUP)
+    with jax.ensure_compile_time_eval():
+        return np.asarray(orders.stripe_sequence(order, groups, sparsity.layout))

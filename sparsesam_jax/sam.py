@@ -1,0 +1,285 @@
+"""The whole model: from pixels and prompts to masks, in one pure function."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from pallas_kernels.implementation import Implementation
+from sparsesam_jax import weights
+from sparsesam_jax.config import SamConfig, Sparsity
+from sparsesam_jax.image_encoder import ImageEncoder
+from sparsesam_jax.layers import DTypes
+from sparsesam_jax.mask_decoder import MaskDecoder
+from sparsesam_jax.prompt_encoder import ABSENT, NOT_A_POINT, PromptEncoder
+from sparsesam_jax.transforms import (
+    MASK_THRESHOLD,
+    mask_resize_matrices,
+    preprocess,
+    resized_shape,
+)
+
+EMBEDDED_WEIGHTS = ("vit_t",)
+
+
+class ImageEmbedding(NamedTuple):
+    """What the decoder needs of a batch of images.
+
+    Attributes:
+        features: The image encoder's output, [B, Gh, Gw, C].
+        early_features: Output of the first global block, [B, Gh, Gw, d]; SAM-HQ only, else None.
+    """
+
+    features: Array
+    early_features: Array | None
+
+
+class Prediction(NamedTuple):
+    """Masks for every prompt of every image.
+
+    Attributes:
+        masks: Masks (or logits) at the image's size, [B, P, K, height, width].
+        iou_predictions: The model's own estimate of each mask's IoU, [B, P, K].
+        low_res_logits: Logits that a later prompt can take as mask input, [B, P, K, 4 Gh, 4 Gw].
+    """
+
+    masks: Array
+    iou_predictions: Array
+    low_res_logits: Array
+
+
+class Sam(nnx.Module):
+    """Segment Anything: image encoder, prompt encoder and mask decoder.
+
+    Args:
+        config: Shape of the model; `sparsesam_jax.PRESETS` holds the published ones.
+        sparsity: What the image encoder keeps; None is dense, SAM exactly.
+        dtype: Compute dtype: float32, bfloat16 or float16.
+        param_dtype: Dtype of the parameters; None is float32.
+        implementation: `"xla"`, `"mosaic_gpu"` or `"auto"`, see `pallas_kernels.implementation`.
+        rngs: Source of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        config: SamConfig,
+        *,
+        sparsity: Sparsity | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+        implementation: Implementation = "auto",
+        rngs: nnx.Rngs,
+    ):
+        dtypes = DTypes(dtype, jnp.float32 if param_dtype is None else param_dtype)
+        self.config = config
+        self.image_encoder = ImageEncoder(
+            config.image_encoder,
+            sparsity=sparsity,
+            dtypes=dtypes,
+            implementation=implementation,
+            rngs=rngs,
+        )
+        self.prompt_encoder = PromptEncoder(config, dtypes=dtypes, rngs=rngs)
+        self.mask_decoder = MaskDecoder(config, dtypes=dtypes, rngs=rngs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        sparsity: Sparsity | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+        implementation: Implementation = "auto",
+    ) -> Self:
+        """Load converted weights.
+
+        Args:
+            name_or_path: `"vit_t"`, the embedded default, or a file that `sparsesam convert` wrote.
+            sparsity: What the image encoder keeps; None is dense, SAM exactly.
+            dtype: Compute dtype.
+            param_dtype: Dtype of the parameters; None is the compute dtype.
+            implementation: As for `Sam`.
+
+        Raises:
+            ValueError: The file is missing or holds no converted weights, an argument is none of
+                its choices, or the sparsity does not fit the model.
+        """
+        path = locate(name_or_path)
+        config, arrays = weights.read(path)
+        abstract = cls.abstract(
+            config,
+            sparsity=sparsity,
+            dtype=dtype,
+            param_dtype=dtype if param_dtype is None else param_dtype,
+            implementation=implementation,
+        )
+        graphdef, state = nnx.split(abstract)
+        leaves = {".".join(map(str, key)): (key, leaf) for key, leaf in nnx.to_flat_state(state)}
+        problems = weights.mismatches(
+            {name: leaf.shape for name, (_, leaf) in leaves.items()},
+            {name: weights.TensorSpec(a.shape, a.dtype.name) for name, a in arrays.items()},
+        )
+        if problems:
+            raise ValueError(f"{path} must hold the parameters of its config: {'; '.join(problems)}")
+        loaded = [
+            (key, leaf.replace(jnp.asarray(arrays[name], leaf.dtype)))
+            for name, (key, leaf) in leaves.items()
+        ]
+        return nnx.merge(graphdef, nnx.from_flat_state(loaded))
+
+    @classmethod
+    def abstract(cls, config: SamConfig, **options: Any) -> Self:
+        """The model with shapes for parameters: nothing is allocated. Options as for `Sam`."""
+        return nnx.eval_shape(lambda: cls(config, rngs=_OneKey(), **options))
+
+    def with_sparsity(self, sparsity: Sparsity | None) -> Self:
+        """The same model, sharing its parameters, with another sparsity; None is dense."""
+        model = nnx.merge(*nnx.split(self))
+        model.image_encoder.set_sparsity(sparsity)
+        return model
+
+    def encode(self, pixels: Float[Array, "B height width 3"]) -> ImageEmbedding:
+        """Encode normalised, padded images; `image_encoder` says what they must be."""
+        outputs = self.image_encoder.block_outputs(pixels)
+        features = self.image_encoder.neck_features(outputs[-1])
+        first = min(self.config.image_encoder.global_attn_indexes, default=0)
+        return ImageEmbedding(features, outputs[first] if self.config.hq else None)
+
+    def decode(
+        self,
+        embedding: ImageEmbedding,
+        points: Float[Array, "B P T 2"],
+        labels: Int[Array, "B P T"],
+        mask_input: Float[Array, "B P h w"] | None = None,
+        *,
+        multimask_output: bool = True,
+        hq_token_only: bool = False,
+    ) -> tuple[Float[Array, "B P K h w"], Float[Array, "B P K"]]:
+        """Masks for prompts in the padded input's frame.
+
+        Args:
+            embedding: What `encode` returned.
+            points: (x, y) in pixels of the padded input.
+            labels: 1 foreground, 0 background, 2 and 3 a box's top-left and bottom-right corner,
+                -1 the point that SAM adds to points without a box, -2 absent.
+            mask_input: Mask logits of an earlier prediction.
+            multimask_output: Whether to return the proposals instead of the single-mask output.
+            hq_token_only: SAM-HQ: its own mask alone instead of the sum with SAM's.
+
+        Returns:
+            Mask logits at four times the features' resolution and predicted IoU, float32.
+        """
+        grid = embedding.features.shape[1:3]
+        patch = self.config.image_encoder.patch_size
+        tokens, dense = self.prompt_encoder(
+            points,
+            labels,
+            mask_input,
+            image_size=(grid[0] * patch, grid[1] * patch),
+            grid=grid,
+        )
+        return self.mask_decoder(
+            embedding.features,
+            self.prompt_encoder.dense_position(grid),
+            tokens,
+            labels != ABSENT,
+            dense,
+            multimask_output=multimask_output,
+            early_features=embedding.early_features,
+            hq_token_only=hq_token_only,
+        )
+
+    def __call__(
+        self,
+        images: Num[Array, "B height width 3"],
+        points: Float[Array, "B P T 2"],
+        labels: Int[Array, "B P T"],
+        mask_input: Float[Array, "B P h w"] | None = None,
+        *,
+        image_size: int | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> Prediction:
+        """Segment images: one pure function, pre- and postprocessing included, for `jax.jit`.
+
+        Args:
+            images: RGB, 0 to 255, any size.
+            points: (x, y) in pixels of the images; box corners are points too.
+            labels: As for `decode`; prompts of a batch are filled up to a common length with -2.
+                Points without a box get the point that SAM adds by themselves.
+            mask_input: Low-resolution logits of an earlier prediction.
+            image_size: Side of the padded input; None is the configuration's.
+            multimask_output: Whether to return the proposals instead of the single-mask output.
+            return_logits: Whether `masks` holds logits instead of booleans.
+        """
+        image_size = image_size or self.config.image_encoder.image_size
+        original = images.shape[1:3]
+        size = resized_shape(*original, image_size)
+        embedding = self.encode(preprocess(images, image_size))
+        points, labels = add_padding_point(scale_points(points, original, size), labels)
+        low_res, iou = self.decode(
+            embedding, points, labels, mask_input, multimask_output=multimask_output
+        )
+        rows, cols = mask_resize_matrices(
+            low_res.shape[-2:], (image_size, image_size), size, original
+        )
+        precision = jax.lax.Precision.HIGHEST
+        masks = jnp.einsum("yh,bpkhw,xw->bpkyx", rows, low_res, cols, precision=precision)
+        masks = masks if return_logits else masks > MASK_THRESHOLD
+        return Prediction(masks, iou, low_res)
+
+
+class _OneKey(nnx.Rngs):
+    """The same key for every parameter, for shapes only: `nnx.Rngs` counts the keys it gives, and
+    traced counters make the construction of an abstract model several times slower."""
+
+    def __init__(self) -> None:
+        self.key = jax.random.key(0)
+
+    def params(self) -> Array:
+        return self.key
+
+
+def locate(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file of converted weights that a name or a path means.
+
+    Raises:
+        ValueError: It is neither the name of embedded weights nor an existing file.
+    """
+    if name_or_path in EMBEDDED_WEIGHTS:
+        return Path(weights.__file__).with_name(f"{name_or_path}.safetensors")
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise ValueError(
+            f"weights must be one of the embedded ({', '.join(EMBEDDED_WEIGHTS)}) or a file that "
+            f"`sparsesam convert` wrote, got {os.fspath(name_or_path)!r}, which is neither"
+        )
+    return path
+
+
+def scale_points(
+    points: Num[Array, "*batch 2"], original: Sequence[int], resized: Sequence[int]
+) -> Float[Array, "*batch 2"]:
+    """Points (x, y) of an image in the frame of its resized version; sizes are (height, width)."""
+    scale = jnp.array([resized[1] / original[1], resized[0] / original[0]], jnp.float32)
+    return points * scale
+
+
+def add_padding_point(
+    points: Float[Array, "*batch T 2"], labels: Int[Array, "*batch T"]
+) -> tuple[Float[Array, "*batch T+1 2"], Int[Array, "*batch T+1"]]:
+    """Give every prompt that has points but no box the extra point that SAM adds to those."""
+    has_points: Bool[Array, "*batch"] = ((labels == 0) | (labels == 1)).any(-1, keepdims=True)
+    has_box = (labels >= 2).any(-1, keepdims=True)
+    extra = jnp.where(has_points & ~has_box, NOT_A_POINT, ABSENT)
+    points = jnp.concatenate([points, jnp.zeros_like(points[..., :1, :])], axis=-2)
+    return points, jnp.concatenate([labels, extra.astype(labels.dtype)], axis=-1)

@@ -1,0 +1,113 @@
+"""SAM's pre- and postprocessing: resize, normalise, pad; and masks back to the image's size."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
+from PIL import Image
+
+PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
+PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
+MASK_THRESHOLD = 0.0
+
+
+def resized_shape(height: int, width: int, long_side: int) -> tuple[int, int]:
+    """Height and width after scaling the longest side to `long_side`, rounded as SAM does."""
+    scale = long_side / max(height, width)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def resize_and_pad(
+    image: UInt8[np.ndarray, "height width 3"], image_size: int
+) -> tuple[UInt8[np.ndarray, "image_size image_size 3"], tuple[int, int]]:
+    """Resize the longest side to `image_size` and pad bottom and right, on the host with Pillow.
+
+    Returns:
+        The padded image and the size of the part that is not padding.
+    """
+    height, width = resized_shape(*image.shape[:2], image_size)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    padded = np.zeros((image_size, image_size, 3), np.uint8)
+    padded[:height, :width] = np.asarray(resized)
+    return padded, (height, width)
+
+
+def normalise(
+    padded: Num[Array, "B height width 3"], sizes: Int[Array, "B 2"]
+) -> Float[Array, "B height width 3"]:
+    """Normalise 0..255 RGB images; what lies beyond each image's own size becomes zero."""
+    pixels = (padded.astype(jnp.float32) - PIXEL_MEAN) / PIXEL_STD
+    return jnp.where(_inside(padded.shape[1:3], sizes)[..., None], pixels, 0.0)
+
+
+def preprocess(
+    images: Num[Array, "B height width 3"], image_size: int
+) -> Float[Array, "B image_size image_size 3"]:
+    """Resize, normalise and pad 0..255 RGB images of one size, inside jit.
+
+    The resize is antialiased bilinear and rounded to whole levels, within one level of Pillow's.
+    """
+    height, width = resized_shape(*images.shape[1:3], image_size)
+    resized = jax.image.resize(
+        images.astype(jnp.float32),
+        (images.shape[0], height, width, 3),
+        "linear",
+        antialias=True,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    resized = jnp.clip(jnp.round(resized), 0, 255)
+    pixels = (resized - PIXEL_MEAN) / PIXEL_STD
+    edges = ((0, 0), (0, image_size - height), (0, image_size - width), (0, 0))
+    return jnp.pad(pixels, edges)
+
+
+def mask_resize_matrices(
+    low_res: tuple[int, int],
+    image_size: tuple[int, int],
+    input_size: tuple[int, int],
+    original_size: tuple[int, int],
+) -> tuple[Float[np.ndarray, "height h"], Float[np.ndarray, "width w"]]:
+    """The two matrices that take mask logits to an image: `rows @ logits @ cols.T`.
+
+    SAM resizes the logits bilinearly to the padded input, crops the padding and resizes
+    bilinearly to the image. Both steps are linear and separable, so they are one matrix an axis.
+
+    Args:
+        low_res: Size of the logits.
+        image_size: Size of the padded input.
+        input_size: Size of the part of the input that is not padding.
+        original_size: Size of the image.
+    """
+    rows, cols = (_axis_matrix(*sizes) for sizes in zip(
+        low_res, image_size, input_size, original_size, strict=True
+    ))
+    return rows, cols
+
+
+@functools.lru_cache(maxsize=256)
+def _axis_matrix(low_res: int, padded: int, cropped: int, original: int) -> np.ndarray:
+    matrix = _bilinear_matrix(cropped, original) @ _bilinear_matrix(low_res, padded)[:cropped]
+    return matrix.astype(np.float32)
+
+
+def _bilinear_matrix(inputs: int, outputs: int) -> np.ndarray:
+    """Bilinear interpolation of one axis, half-pixel centres, edge replicated: [out, in]."""
+    source = np.maximum((np.arange(outputs) + 0.5) * inputs / outputs - 0.5, 0)
+    left = np.minimum(source.astype(int), inputs - 1)
+    right = np.minimum(left + 1, inputs - 1)
+    fraction = source - left
+    matrix = np.zeros((outputs, inputs))
+    matrix[np.arange(outputs), left] += 1 - fraction
+    matrix[np.arange(outputs), right] += fraction
+    return matrix
+
+
+def _inside(shape: tuple[int, ...], sizes: Array) -> Bool[Array, "B height width"]:
+    """Whether a pixel belongs to the image and not to its padding."""
+    rows = jnp.arange(shape[0])[None, :, None] < sizes[:, 0, None, None]
+    cols = jnp.arange(shape[1])[None, None, :] < sizes[:, 1, None, None]
+    return rows & cols
