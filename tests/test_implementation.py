@@ -1,0 +1,31 @@
+"""The rule for `implementation`, and what it says where a kernel cannot run."""
+
+import jax
+import pytest
+
+from pallas_kernels import implementation
+from pallas_kernels.implementation import resolve
+
+
+def test_auto_and_xla_are_xla():
+    assert resolve("auto", function="f", problems=["q must be small, got a large one"]) == "xla"
+    assert resolve("xla", function="f") == "xla"
+
+
+def test_mosaic_gpu_where_nothing_is_in_the_way(monkeypatch):
+    monkeypatch.setattr(implementation, "device_problem", lambda: None)
+    assert resolve("mosaic_gpu", function="f") == "mosaic_gpu"
+    with pytest.raises(ValueError, match=r"unsupported for f: q must be small, got a large one"):
+        resolve("mosaic_gpu", function="f", problems=["q must be small, got a large one"])
+
+
+def test_this_machine_is_named():
+    if jax.default_backend() != "cpu":
+        pytest.skip("says what a CPU lacks")
+    with pytest.raises(ValueError, match="needs (jax >= 0.11|a GPU of compute capability 9.x)"):
+        resolve("mosaic_gpu", function="f")
+
+
+def test_unknown():
+    with pytest.raises(ValueError, match="implementation must be one of auto, xla, mosaic_gpu"):
+        resolve("triton", function="f")  # pyright: ignore[reportArgumentType]
