@@ -41,6 +41,11 @@ class BlockLayout:
         for name in ("seq_len", "block_q", "block_kv"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if max(self.block_q, self.block_kv) % min(self.block_q, self.block_kv):
+            raise ValueError(
+                "block_q and block_kv must be one a multiple of the other, "
+                f"got {self.block_q} and {self.block_kv}"
+            )
         if not 0 <= self.num_bar_blocks <= self.num_kv_blocks:
             raise ValueError(
                 f"num_bar_blocks must lie in [0, {self.num_kv_blocks}], got {self.num_bar_blocks}"
@@ -79,7 +84,7 @@ class BlockLayout:
     def bar(
         cls, seq_len: int, density: float, *, block_q: int = 64, block_kv: int = 64
     ) -> BlockLayout:
-        """Windowed attention's layout: `floor(density * num_blocks) + 1` bar blocks, no diagonal."""
+        """Windowed attention's layout: `floor(density * num_blocks) + 1` bar blocks alone."""
         _check_density(density)
         num_blocks = math.ceil(seq_len / block_kv)
         return cls(

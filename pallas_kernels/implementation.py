@@ -1,10 +1,10 @@
 """The one rule for `implementation`: which program runs an attention function.
 
 - `"xla"` is plain jax.numpy and runs everywhere.
-- `"mosaic_gpu"` is the Pallas Mosaic GPU kernel. It runs on jax >= 0.11 (earlier versions lack parts
-  of Mosaic GPU that the kernels use) on a GPU of compute capability 9.x (Hopper: the kernels are built
-  on wgmma), for the dtypes, head dims, grids and orders that each kernel lists. Anything else is an
-  error that says what is in the way.
+- `"mosaic_gpu"` is the Pallas Mosaic GPU kernel. It runs on jax >= 0.11 (earlier versions lack
+  parts of Mosaic GPU that the kernels use) on a GPU of compute capability 9.x (Hopper: the kernels
+  are built on wgmma), for the dtypes, head dims, grids and orders that each kernel lists. Anything
+  else is an error that says what is in the way.
 - `"auto"` is XLA for now: not every path of the kernels has run on a GPU yet, so they are for those
   who ask for them by name.
 """

@@ -7,7 +7,7 @@ the diagonal blocks that the bar already holds.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_layout import BlockLayout
 
+Index = Array | np.ndarray  # static where it is a numpy array
 # Queries whose logits are live at a time: bounds the memory at (B H 256 keys) floats. Unrolled,
 # because XLA's cost analysis counts the body of a loop once.
 _QUERY_CHUNK = 256
@@ -49,7 +50,7 @@ def stripe_attention(
         parts.append(_attend_bar(q, rel_h, rel_w, *keys, *place))
     if layout.diagonal:
         parts.append(_attend_diagonal(q, k, v, rel_h, rel_w, rows, cols, layout, block_order))
-    return _merge(parts).astype(q.dtype).swapaxes(1, 2)
+    return _merge(parts).normalised(q.dtype).swapaxes(1, 2)
 
 
 def window_attention(
@@ -81,9 +82,8 @@ def window_attention(
         order = _head_major(order)
         k, v = _take(k, order, axis=2), _take(v, order, axis=2)
         rows, cols = order // window_size, order % window_size
-    out = _merge([_partial(q, k, v, _bias(rel_h, rel_w, rows, cols))])
-    out = window_unpartition(out.swapaxes(1, 2), window_size, (batch, height, width))
-    return out.astype(q.dtype)
+    out = _partial(q, k, v, _bias(rel_h, rel_w, rows, cols)).normalised(q.dtype)
+    return window_unpartition(out.swapaxes(1, 2), window_size, (batch, height, width))
 
 
 def window_partition(x: Float[Array, "B Gh Gw *C"], window_size: int) -> Float[Array, "BW ww *C"]:
@@ -120,6 +120,10 @@ class _Partial(NamedTuple):
     maximum: Array  # [..., Q, 1]
     total: Array  # [..., Q, 1]
 
+    def normalised(self, dtype: jnp.dtype) -> Array:
+        """The attention's output."""
+        return (self.out / self.total).astype(dtype)
+
 
 def _einsum(subscripts: str, x: Array, y: Array) -> Array:
     return jnp.einsum(
@@ -140,19 +144,19 @@ def _partial(q: Array, k: Array, v: Array, bias: Array) -> _Partial:
     return _Partial(out, maximum, weights.sum(-1, keepdims=True))
 
 
-def _merge(parts: list[_Partial]) -> Array:
-    """Attention over the union of the parts' keys, float32."""
+def _merge(parts: list[_Partial]) -> _Partial:
+    """Attention over the keys of one or two parts."""
     if len(parts) == 1:
-        return parts[0].out / parts[0].total
-    maximum = jnp.maximum(*(part.maximum for part in parts))
-    scales = [jnp.exp(part.maximum - maximum) for part in parts]
-    out = sum(part.out * scale for part, scale in zip(parts, scales, strict=True))
-    total = sum(part.total * scale for part, scale in zip(parts, scales, strict=True))
-    return out / total
+        return parts[0]
+    first, second = parts
+    maximum = jnp.maximum(first.maximum, second.maximum)
+    scales = jnp.exp(first.maximum - maximum), jnp.exp(second.maximum - maximum)
+    out = first.out * scales[0] + second.out * scales[1]
+    return _Partial(out, maximum, first.total * scales[0] + second.total * scales[1])
 
 
 def _attend_bar(
-    q: Array, rel_h: Array, rel_w: Array, k: Array, v: Array, rows: Array, cols: Array
+    q: Array, rel_h: Array, rel_w: Array, k: Array, v: Array, rows: Index, cols: Index
 ) -> _Partial:
     """All queries' attention to the bar's keys, a chunk of queries at a time."""
 
@@ -174,8 +178,8 @@ def _attend_diagonal(
     v: Array,
     rel_h: Array,
     rel_w: Array,
-    rows: Array | np.ndarray,
-    cols: Array | np.ndarray,
+    rows: Index,
+    cols: Index,
     layout: BlockLayout,
     block_order: Array | None,
 ) -> _Partial:
@@ -183,7 +187,7 @@ def _attend_diagonal(
     seq_len, unit = q.shape[2], max(layout.block_q, layout.block_kv)
     padding = -seq_len % unit
 
-    def units(x: Array | np.ndarray) -> Array:
+    def units(x: Index) -> Array:
         """[B, H, N, ...] cut into [B, H, N / unit, unit, ...]."""
         x = jnp.pad(x, ((0, 0), (0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 3))
         return x.reshape(*x.shape[:2], -1, unit, *x.shape[3:])
@@ -211,12 +215,12 @@ def _bar_positions(layout: BlockLayout, block_order: Array | None) -> Array | sl
     return bar[..., : layout.bar_len]
 
 
-def _head_major(index: Array | np.ndarray) -> Array | np.ndarray:
+def _head_major(index: Index) -> Index:
     """An index [K], [B, K] or [B, H, K] as [B or 1, H or 1, K]."""
     return index.reshape(*index.shape[:-1], *(1,) * (3 - index.ndim), index.shape[-1])
 
 
-def _take(x: Array | np.ndarray, index: Array | np.ndarray | slice, axis: int) -> Array:
+def _take(x: Index, index: Index | slice, axis: int) -> Any:
     """Entries of x along its axis of tokens; `index` broadcasts over batch and heads."""
     if isinstance(index, slice):
         return x[(slice(None),) * axis + (index,)]
@@ -231,9 +235,7 @@ def _raster(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return rows, cols
 
 
-def _bias(
-    rel_h: Array, rel_w: Array, rows: Array | np.ndarray, cols: Array | np.ndarray
-) -> Array:
+def _bias(rel_h: Array, rel_w: Array, rows: Index, cols: Index) -> Array:
     """`rel_h[q, rows[k]] + rel_w[q, cols[k]]`, [..., Q, K], float32.
 
     `rel_h` [..., Q, Sh] and `rel_w` [..., Q, Sw]; `rows` and `cols` [..., K].
@@ -244,8 +246,5 @@ def _bias(
         if np.array_equal(rows, raster[0]) and np.array_equal(cols, raster[1]):
             bias = rel_h[..., :, None] + rel_w[..., None, :]  # a broadcast, where a gather is slow
             return bias.reshape(*rel_h.shape[:-1], -1)
-    along_keys = [jnp.expand_dims(x, -2) for x in (rows, cols)]
-    return sum(
-        jnp.take_along_axis(x, index, -1)
-        for x, index in zip((rel_h, rel_w), along_keys, strict=True)
-    )
+    rows, cols = (jnp.expand_dims(x, -2) for x in (rows, cols))
+    return jnp.take_along_axis(rel_h, rows, -1) + jnp.take_along_axis(rel_w, cols, -1)

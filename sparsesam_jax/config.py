@@ -58,7 +58,8 @@ class ImageEncoderConfig:
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio!r}")
         if self.embed_dim % self.num_heads:
             raise ValueError(
-                f"embed_dim must be divisible by num_heads, got {self.embed_dim} and {self.num_heads}"
+                "embed_dim must be divisible by num_heads, "
+                f"got {self.embed_dim} and {self.num_heads}"
             )
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -132,8 +133,9 @@ class SamConfig:
         """
         try:
             fields: dict[str, Any] = json.loads(text)
-            encoder = ImageEncoderConfig(**fields.pop("image_encoder"))
-            return cls(image_encoder=encoder, **fields)
+            encoder = fields.pop("image_encoder")
+            encoder["global_attn_indexes"] = tuple(encoder["global_attn_indexes"])
+            return cls(image_encoder=ImageEncoderConfig(**encoder), **fields)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"config must be the JSON of a SamConfig, got {text!r}") from error
 
@@ -198,7 +200,7 @@ class Sparsity:
     curve: Curve = "morton"
     layout: Layout = "interleave"
     ranking: Ranking = "group"
-    importance: Importance = "dispersion"
+    importance: Importance = "sobel"
     features: Features = "keys"
     per_head: bool = False
     mlp_start: int | None = None

@@ -13,7 +13,7 @@ from pallas_kernels.stripe_attention import stripe_attention
 from pallas_kernels.window_attention import window_attention
 from sparsesam_jax import orders
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.layers import DTypes, MLPBlock, conv, gelu, layer_norm, linear
+from sparsesam_jax.layers import FLOAT32, DTypes, MLPBlock, conv, gelu, layer_norm, linear
 from sparsesam_jax.plan import Plan, check_sparsity
 
 _LAYER_NORM_EPSILON = 1e-6
@@ -44,7 +44,7 @@ class ImageEncoder(nnx.Module):
         config: ImageEncoderConfig,
         *,
         sparsity: Sparsity | None = None,
-        dtypes: DTypes = DTypes(),
+        dtypes: DTypes = FLOAT32,
         implementation: Implementation = "auto",
         rngs: nnx.Rngs,
     ):
@@ -100,7 +100,8 @@ class ImageEncoder(nnx.Module):
     def block_outputs(self, pixels: Float[Array, "B height width 3"]) -> list[Array]:
         """The tokens after every block, each [B, Gh, Gw, d]; arguments as `__call__`."""
         x = self.embed(pixels)
-        plan = Plan(self.config, self.sparsity, x.shape[1:3], self.implementation)
+        grid = (x.shape[1], x.shape[2])
+        plan = Plan(self.config, self.sparsity, grid, self.implementation)
         outputs = []
         for block in self.blocks:
             x = block(x, plan)
@@ -220,7 +221,8 @@ class Attention(nnx.Module):
         return self.proj(out.reshape(x.shape))
 
     def _project(self, x: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """q with its bias, k and v without, [B, Gh, Gw, H, D], and their biases [H, D]."""
+        """Q with its bias, k and v without, [B, Gh, Gw, H, D], and their biases [H, D]."""
+        assert self.qkv.bias is not None
         kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
         qkv = jnp.matmul(x, kernel, precision=self.dtypes.precision)
         qkv = qkv.reshape(*x.shape[:3], 3, self.num_heads, -1)
@@ -246,12 +248,18 @@ class Attention(nnx.Module):
     ) -> Array:
         batch, height, width, heads, head_dim = q.shape
         layout, sequence, block_order = plan.grid_layout(self.index)
-        arrays = [x.reshape(batch, height * width, heads, -1) for x in (q, k, v, rel_h, rel_w)]
+        q, k, v, rel_h, rel_w = (
+            x.reshape(batch, height * width, heads, -1) for x in (q, k, v, rel_h, rel_w)
+        )
         if sequence is not None:
-            arrays = [_permute(x, sequence) for x in arrays]
+            q, k, v, rel_h, rel_w = (_permute(x, sequence) for x in (q, k, v, rel_h, rel_w))
         positions = np.arange(height * width) if sequence is None else sequence
         out = stripe_attention(
-            *arrays,
+            q,
+            k,
+            v,
+            rel_h,
+            rel_w,
             positions // width,
             positions % width,
             layout=layout,
@@ -275,9 +283,7 @@ def relative_table(
     side = window_size or grid
     length = 2 * side - 1
     if rel_pos.shape[0] != length:
-        rel_pos = jax.image.resize(
-            rel_pos, (length, rel_pos.shape[1]), "linear", antialias=False
-        )
+        rel_pos = jax.image.resize(rel_pos, (length, rel_pos.shape[1]), "linear", antialias=False)
     query = np.arange(grid) % side
     return rel_pos[query[:, None] - np.arange(side)[None] + side - 1]
 

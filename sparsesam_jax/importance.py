@@ -51,9 +51,7 @@ def group_importance(
         return _members(magnitude[..., None], order)[..., 0].mean(-1)
     if importance == "dispersion":
         return _dispersion(_members(features, order))
-    raise ValueError(
-        f"importance must be sobel, dispersion, uniform or random; got {importance!r}"
-    )
+    raise ValueError(f"importance must be sobel, dispersion, uniform or random; got {importance!r}")
 
 
 def rank(scores: Float[Array, "*batch G"]) -> Int[Array, "*batch G"]:
@@ -121,8 +119,5 @@ def _filter(x: Array, taps: tuple[float, ...], axis: int) -> Array:
     axis %= x.ndim
     padded = jnp.pad(x, [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)], mode="edge")
     length = x.shape[axis]
-    return sum(
-        tap * jax.lax.slice_in_dim(padded, i, i + length, axis=axis)
-        for i, tap in enumerate(taps)
-        if tap
-    )
+    shifted = (jax.lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(3))
+    return sum((tap * y for tap, y in zip(taps, shifted, strict=True) if tap), start=jnp.zeros(()))

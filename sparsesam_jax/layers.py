@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -26,15 +27,22 @@ class DTypes:
 
     def __post_init__(self) -> None:
         for name in ("compute", "param"):
-            dtype = jnp.dtype(getattr(self, name))
+            value = getattr(self, name)
+            try:
+                dtype = jnp.dtype(value)
+            except TypeError:
+                dtype = None
             if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-                raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+                raise ValueError(f"dtype must be float32, bfloat16 or float16, got {value}")
             object.__setattr__(self, name, dtype)
 
     @property
     def precision(self) -> jax.lax.Precision | None:
         """Precision of the products: float32 means float32 on a GPU too."""
         return matmul_precision(jnp.dtype(self.compute))
+
+
+FLOAT32 = DTypes()
 
 
 def gelu(x: Array) -> Array:
@@ -127,7 +135,7 @@ class MLP(nnx.Module):
     ):
         sizes = [inputs, *[hidden] * (depth - 1), outputs]
         self.layers = nnx.List(
-            linear(i, o, dtypes=dtypes, rngs=rngs) for i, o in zip(sizes, sizes[1:], strict=False)
+            linear(i, o, dtypes=dtypes, rngs=rngs) for i, o in itertools.pairwise(sizes)
         )
 
     def __call__(self, x: Float[Array, "*batch C"]) -> Float[Array, "*batch O"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -108,9 +110,7 @@ class MaskDecoder(nnx.Module):
             present, ((0, 0), (0, 0), (learned.shape[2], 0)), constant_values=True
         ).reshape(batch * prompts, -1)
         image = (features[:, None] + dense).reshape(batch * prompts, -1, channels)
-        queries, image = self.transformer(
-            queries, image, position.reshape(-1, channels), present
-        )
+        queries, image = self.transformer(queries, image, position.reshape(-1, channels), present)
 
         upscaled = _apply(self.output_upscaling, image.reshape(-1, *grid, channels))
         mask_tokens = queries[:, 1 : 1 + self.num_masks]
@@ -196,8 +196,10 @@ class TwoWayAttentionBlock(nnx.Module):
         self.mlp = MLPBlock(
             channels, config.decoder_mlp_dim, activation=jax.nn.relu, dtypes=dtypes, rngs=rngs
         )
-        for name in ("norm1", "norm2", "norm3", "norm4"):
-            setattr(self, name, layer_norm(channels, _TRANSFORMER_EPSILON, **options))
+        self.norm1 = layer_norm(channels, _TRANSFORMER_EPSILON, **options)
+        self.norm2 = layer_norm(channels, _TRANSFORMER_EPSILON, **options)
+        self.norm3 = layer_norm(channels, _TRANSFORMER_EPSILON, **options)
+        self.norm4 = layer_norm(channels, _TRANSFORMER_EPSILON, **options)
 
     def __call__(
         self,
@@ -263,12 +265,12 @@ class DecoderAttention(nnx.Module):
 
 def _upscaling(
     inputs: int, hidden: int, outputs: int, *, dtypes: DTypes, rngs: nnx.Rngs
-) -> list[nnx.Module]:
+) -> list[Callable[[Array], Array]]:
     """Two transposed convolutions, four times the resolution."""
     return [
         ConvTranspose2x2(inputs, hidden, dtypes=dtypes, rngs=rngs),
         layer_norm(hidden, _LAYER_NORM_2D_EPSILON, dtypes=dtypes, rngs=rngs),
-        gelu,  # pyright: ignore[reportReturnType]
+        gelu,
         ConvTranspose2x2(hidden, outputs, dtypes=dtypes, rngs=rngs),
     ]
 

@@ -65,7 +65,9 @@ def _hilbert_code(rows: np.ndarray, cols: np.ndarray, bits: int) -> np.ndarray:
         code = code << 2 | (3 * col_bit) ^ row_bit
         # Each quadrant's curve is the whole curve turned; undo the turn before the next bit.
         flip = (row_bit == 0) & (col_bit == 1)
-        rows, cols = (np.where(flip, (1 << bit) - 1 - (x & (1 << bit) - 1), x) for x in (rows, cols))
+        rows, cols = (
+            np.where(flip, (1 << bit) - 1 - (x & (1 << bit) - 1), x) for x in (rows, cols)
+        )
         swap = row_bit == 0
         rows, cols = np.where(swap, cols, rows), np.where(swap, rows, cols)
     return code
@@ -137,4 +139,3 @@ def _groups(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The curve's full groups [G, 4] and the tokens left over."""
     full = len(order) // GROUP * GROUP
     return order[:full].reshape(-1, GROUP), order[full:]
-

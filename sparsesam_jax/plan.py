@@ -77,6 +77,7 @@ class Plan:
     ranked_kinds: set[str] = dataclasses.field(default_factory=set)
 
     def layout(self, index: int) -> BlockLayout:
+        """The block layout of one block's attention."""
         return attention_layout(self.config, self.sparsity, index, self.grid)
 
     def window_layout(self, index: int) -> tuple[BlockLayout | None, Array | np.ndarray | None]:

@@ -55,8 +55,11 @@ class SamPredictor:
             )
         self.sam = sam
         self.image_size = image_size
-        graphdef, self._state = nnx.split(sam)
-        self._graph = _Graph(graphdef)
+        # The decoder alone, so that models that differ in the encoder's sparsity share its
+        # compilation.
+        decoder = nnx.merge(*nnx.split(sam))
+        del decoder.image_encoder
+        self._encoder, self._decoder = _Program.of(sam), _Program.of(decoder)
         self.reset_image()
 
     def reset_image(self) -> None:
@@ -70,7 +73,9 @@ class SamPredictor:
         return self._embedding is not None
 
     def set_image(
-        self, image: UInt8[np.ndarray, "height width 3"], image_format: Literal["RGB", "BGR"] = "RGB"
+        self,
+        image: UInt8[np.ndarray, "height width 3"],
+        image_format: Literal["RGB", "BGR"] = "RGB",
     ) -> None:
         """Embed an image for `predict`.
 
@@ -100,14 +105,14 @@ class SamPredictor:
         self.reset_image()
         padded, sizes = [], []
         for image in images:
-            _check_image(image)
+            check_image(image)
             rgb = image if image_format == "RGB" else image[..., ::-1]
             pixels, resized = resize_and_pad(np.ascontiguousarray(rgb), self.image_size)
             padded.append(pixels)
             sizes.append(_Sizes(image.shape[:2], resized))
         self._embedding = _encode(
-            self._graph,
-            self._state,
+            self._encoder.graph,
+            self._encoder.state,
             np.stack(padded),
             np.array([s.resized for s in sizes], np.int32),
         )
@@ -217,15 +222,16 @@ class SamPredictor:
         hq_token_only: bool,
     ) -> list[Masks]:
         embedding = self._require_embedding()
-        low_res_size = tuple(4 * side for side in embedding.features.shape[1:3])
+        _, rows, cols, _ = embedding.features.shape
+        low_res_size = (4 * rows, 4 * cols)
         arrays = [
             prompt.arrays(sizes, low_res_size)
             for prompt, sizes in zip(prompts, self._sizes, strict=True)
         ]
         points, labels, mask_input = _pad_together(arrays)
         low_res, iou = _decode(
-            self._graph,
-            self._state,
+            self._decoder.graph,
+            self._decoder.state,
             embedding,
             points,
             labels,
@@ -241,15 +247,25 @@ class SamPredictor:
             rows, cols = mask_resize_matrices(
                 low_res_size, (self.image_size, self.image_size), sizes.resized, sizes.original
             )
-            masks = rows @ logits @ cols.T
-            result = (
-                masks if return_logits else masks > MASK_THRESHOLD,
-                iou[index, :count],
-                logits,
-            )
+            # Prompt by prompt, so that only one prompt's logits exist at the photo's size.
+            resized = (rows @ prompt_logits @ cols.T for prompt_logits in logits)
+            masks = [x if return_logits else x > MASK_THRESHOLD for x in resized]
+            result = (np.stack(masks), iou[index, :count], logits)
             single = not prompt.is_batched
             results.append(tuple(x[0] for x in result) if single else result)
         return results
+
+
+class _Program(NamedTuple):
+    """A model taken apart for a jitted function."""
+
+    graph: _Graph
+    state: nnx.State
+
+    @classmethod
+    def of(cls, model: nnx.Module) -> _Program:
+        graphdef, state = nnx.split(model)
+        return cls(_Graph(graphdef), state)
 
 
 class _Sizes(NamedTuple):
@@ -277,7 +293,7 @@ class _Prompt(NamedTuple):
         ranks = ((self.point_coords, 3), (self.box, 2), (self.mask_input, 4))
         return any(x is not None and np.ndim(x) == rank for x, rank in ranks)
 
-    def arrays(self, sizes: _Sizes, low_res_size: tuple[int, ...]) -> _PromptArrays:
+    def arrays(self, sizes: _Sizes, low_res_size: tuple[int, int]) -> _PromptArrays:
         """Points (box corners included), labels and mask input, checked, in the input's frame."""
         points, labels = self._points()
         if self.box is not None:
@@ -308,8 +324,8 @@ class _Prompt(NamedTuple):
         )
 
     def _points(self) -> tuple[np.ndarray, np.ndarray]:
-        if self.point_coords is None:
-            if self.point_labels is not None:
+        if self.point_coords is None or np.size(self.point_coords) == 0:
+            if np.size(self.point_labels if self.point_labels is not None else ()):
                 raise ValueError("point_labels must come with point_coords, got labels alone")
             return np.zeros((1, 0, 2)), np.zeros((1, 0), np.int32)
         points = np.asarray(self.point_coords, np.float64)
@@ -326,7 +342,7 @@ class _Prompt(NamedTuple):
             raise ValueError(f"point_labels must be 1 or 0, got {sorted(set(labels.flat))}")
         return points.reshape(-1, *points.shape[-2:]), labels.reshape(-1, labels.shape[-1])
 
-    def _mask_input(self, count: int, low_res_size: tuple[int, ...]) -> np.ndarray | None:
+    def _mask_input(self, count: int, low_res_size: tuple[int, int]) -> np.ndarray | None:
         if self.mask_input is None:
             return None
         mask = np.asarray(self.mask_input, np.float32)
@@ -369,10 +385,12 @@ def _power_of_two(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 
 
-def _check_image(image: np.ndarray) -> None:
-    array = isinstance(image, np.ndarray)
-    if not array or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        got = f"{image.dtype} {image.shape}" if array else type(image).__name__
+def check_image(image: object) -> None:
+    """Raise ValueError unless this is an RGB image as `set_image` takes it."""
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"image must be a uint8 array, got {type(image).__name__}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        got = f"{image.dtype} {image.shape}"
         raise ValueError(f"image must be a uint8 array [height, width, 3], got {got}")
     if not image.size:
         raise ValueError(f"image must have pixels, got shape {image.shape}")
@@ -397,9 +415,7 @@ def _encode(graph: _Graph, state: nnx.State, padded: Array, sizes: Array) -> Ima
     return nnx.merge(graph.graphdef, state).encode(normalise(padded, sizes))
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("multimask_output", "hq_token_only")
-)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("multimask_output", "hq_token_only"))
 def _decode(
     graph: _Graph,
     state: nnx.State,

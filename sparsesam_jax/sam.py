@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ class Sam(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
         implementation: Implementation = "auto",
-    ) -> Self:
+    ) -> Sam:
         """Load converted weights.
 
         Args:
@@ -129,7 +129,9 @@ class Sam(nnx.Module):
             {name: weights.TensorSpec(a.shape, a.dtype.name) for name, a in arrays.items()},
         )
         if problems:
-            raise ValueError(f"{path} must hold the parameters of its config: {'; '.join(problems)}")
+            raise ValueError(
+                f"{path} must hold the parameters of its config: {'; '.join(problems)}"
+            )
         loaded = [
             (key, leaf.replace(jnp.asarray(arrays[name], leaf.dtype)))
             for name, (key, leaf) in leaves.items()
@@ -137,11 +139,11 @@ class Sam(nnx.Module):
         return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
     @classmethod
-    def abstract(cls, config: SamConfig, **options: Any) -> Self:
+    def abstract(cls, config: SamConfig, **options: Any) -> Sam:
         """The model with shapes for parameters: nothing is allocated. Options as for `Sam`."""
         return nnx.eval_shape(lambda: cls(config, rngs=_OneKey(), **options))
 
-    def with_sparsity(self, sparsity: Sparsity | None) -> Self:
+    def with_sparsity(self, sparsity: Sparsity | None) -> Sam:
         """The same model, sharing its parameters, with another sparsity; None is dense."""
         model = nnx.merge(*nnx.split(self))
         model.image_encoder.set_sparsity(sparsity)
@@ -178,13 +180,13 @@ class Sam(nnx.Module):
         Returns:
             Mask logits at four times the features' resolution and predicted IoU, float32.
         """
-        grid = embedding.features.shape[1:3]
-        patch = self.config.image_encoder.patch_size
+        rows, cols = embedding.features.shape[1:3]
+        grid, patch = (rows, cols), self.config.image_encoder.patch_size
         tokens, dense = self.prompt_encoder(
             points,
             labels,
             mask_input,
-            image_size=(grid[0] * patch, grid[1] * patch),
+            image_size=(rows * patch, cols * patch),
             grid=grid,
         )
         return self.mask_decoder(
@@ -222,15 +224,16 @@ class Sam(nnx.Module):
             return_logits: Whether `masks` holds logits instead of booleans.
         """
         image_size = image_size or self.config.image_encoder.image_size
-        original = images.shape[1:3]
-        size = resized_shape(*original, image_size)
+        height, width = images.shape[1:3]
+        original, size = (height, width), resized_shape(height, width, image_size)
         embedding = self.encode(preprocess(images, image_size))
         points, labels = add_padding_point(scale_points(points, original, size), labels)
         low_res, iou = self.decode(
             embedding, points, labels, mask_input, multimask_output=multimask_output
         )
+        low_height, low_width = low_res.shape[-2:]
         rows, cols = mask_resize_matrices(
-            low_res.shape[-2:], (image_size, image_size), size, original
+            (low_height, low_width), (image_size, image_size), size, original
         )
         precision = jax.lax.Precision.HIGHEST
         masks = jnp.einsum("yh,bpkhw,xw->bpkyx", rows, low_res, cols, precision=precision)
@@ -239,8 +242,11 @@ class Sam(nnx.Module):
 
 
 class _OneKey(nnx.Rngs):
-    """The same key for every parameter, for shapes only: `nnx.Rngs` counts the keys it gives, and
-    traced counters make the construction of an abstract model several times slower."""
+    """The same key for every parameter, for models of which only the shapes are wanted.
+
+    `nnx.Rngs` counts the keys it gives, and tracing the counters makes the construction of an
+    abstract model several times slower.
+    """
 
     def __init__(self) -> None:
         self.key = jax.random.key(0)

@@ -29,7 +29,7 @@ def resize_and_pad(
     Returns:
         The padded image and the size of the part that is not padding.
     """
-    height, width = resized_shape(*image.shape[:2], image_size)
+    height, width = resized_shape(image.shape[0], image.shape[1], image_size)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     padded = np.zeros((image_size, image_size, 3), np.uint8)
     padded[:height, :width] = np.asarray(resized)
@@ -51,7 +51,7 @@ def preprocess(
 
     The resize is antialiased bilinear and rounded to whole levels, within one level of Pillow's.
     """
-    height, width = resized_shape(*images.shape[1:3], image_size)
+    height, width = resized_shape(images.shape[1], images.shape[2], image_size)
     resized = jax.image.resize(
         images.astype(jnp.float32),
         (images.shape[0], height, width, 3),
@@ -82,9 +82,10 @@ def mask_resize_matrices(
         input_size: Size of the part of the input that is not padding.
         original_size: Size of the image.
     """
-    rows, cols = (_axis_matrix(*sizes) for sizes in zip(
-        low_res, image_size, input_size, original_size, strict=True
-    ))
+    rows, cols = (
+        _axis_matrix(*sizes)
+        for sizes in zip(low_res, image_size, input_size, original_size, strict=True)
+    )
     return rows, cols
 
 

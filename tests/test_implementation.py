@@ -22,7 +22,7 @@ def test_mosaic_gpu_where_nothing_is_in_the_way(monkeypatch):
 def test_this_machine_is_named():
     if jax.default_backend() != "cpu":
         pytest.skip("says what a CPU lacks")
-    with pytest.raises(ValueError, match="needs (jax >= 0.11|a GPU of compute capability 9.x)"):
+    with pytest.raises(ValueError, match=r"needs (jax >= 0.11|a GPU of compute capability 9.x)"):
         resolve("mosaic_gpu", function="f")
 
 

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from convert import convert_checkpoint  # noqa: E402
+from models import random_weights  # noqa: E402
 from skimage import data  # noqa: E402
-from sparsesam_jax import PRESETS, Sam, SamConfig, SamPredictor, weights  # noqa: E402
+
+from convert import convert_checkpoint  # noqa: E402
+from sparsesam_jax import (  # noqa: E402
+    PRESETS,
+    ImageEncoderConfig,
+    Sam,
+    SamConfig,
+    SamPredictor,
+    weights,
+)
 from sparsesam_jax.sam import locate  # noqa: E402
 from sparsesam_jax.transforms import resized_shape  # noqa: E402
 
 # Meta's decoder has torch's LayerNorm epsilon; transformers takes its configuration's.
 DECODER_EPSILON = 1e-5
-
-
-def random_weights(path: Path, config: SamConfig, seed: int = 0) -> Path:
-    """A weights file with every parameter drawn at random, position tables included."""
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for name, spec in weights.parameter_shapes(config).items():
-        fan_in = np.prod(spec.shape[:-1]) if name.endswith("kernel") else 1
-        scale = fan_in**-0.5 if name.endswith("kernel") else 0.1
-        centre = 1.0 if name.endswith("scale") else 0.0
-        if name.endswith("gaussian_matrix"):
-            scale = 1.0
-        arrays[name] = (centre + scale * rng.standard_normal(spec.shape)).astype(np.float32)
-    weights.write(path, config, arrays)
-    return path
 
 
 def torch_model(path: Path, folder: Path) -> transformers.SamModel:
@@ -43,10 +36,9 @@ def torch_model(path: Path, folder: Path) -> transformers.SamModel:
     kind = transformers.SamHQModel if hq else transformers.SamModel
     model, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    for name, module in model.mask_decoder.transformer.named_modules():
+    for module in model.mask_decoder.transformer.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = DECODER_EPSILON
-        assert name is not None
     return model.eval()
 
 
@@ -134,3 +126,68 @@ def test_vit_b_random_weights(tmp_path: Path):
     """The published size with random weights, 1024 x 1024."""
     path = random_weights(tmp_path / "vit_b.safetensors", PRESETS["vit_b"])
     check_pipeline(path, tmp_path / "hf", data.coffee())
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "window"),
+    [(1024, 16, 14), (1280, 16, 14), (96, 3, 5)],
+    ids=["vit_l", "vit_h", "other"],
+)
+def test_other_sizes_at_reduced_depth(tmp_path: Path, width: int, heads: int, window: int):
+    """The other presets' widths and head dims, and a shape of no preset, on a small image."""
+    encoder = ImageEncoderConfig(
+        embed_dim=width,
+        depth=3,
+        num_heads=heads,
+        global_attn_indexes=(1,),
+        image_size=256,
+        window_size=window,
+    )
+    path = random_weights(tmp_path / "sam.safetensors", SamConfig(image_encoder=encoder))
+    check_pipeline(path, tmp_path / "hf", data.rocket()[:, :300])
+
+
+def upscale_transformed_image(decoder: torch.nn.Module) -> None:
+    """Have transformers' SAM-HQ upscale the image features that its two-way transformer returns.
+
+    transformers 5.23 drops them and upscales those from before the transformer; SAM-HQ's own code
+    upscales the transformed ones, as SAM does. A release that does so too is not changed by this.
+    """
+    transformed = {}
+    decoder.transformer.register_forward_hook(
+        lambda module, args, out: transformed.update(image=out[1])
+    )
+    decoder.upscale_conv1.register_forward_pre_hook(
+        lambda module, args: transformed["image"].transpose(2, 3).reshape(args[0].shape)
+    )
+
+
+def test_sam_hq(tmp_path: Path):
+    """SAM-HQ's token and convolutions: masks of both kinds, single and best of the proposals."""
+    encoder = ImageEncoderConfig(
+        embed_dim=64, depth=3, num_heads=2, global_attn_indexes=(1, 2), image_size=128
+    )
+    config = SamConfig(image_encoder=encoder, hq=True)
+    path = random_weights(tmp_path / "hq.safetensors", config)
+    model = torch_model(path, tmp_path / "hf")
+    upscale_transformed_image(model.mask_decoder)
+    image = data.coffee()[:, :400]
+    predictor = SamPredictor(Sam.from_pretrained(path))
+    predictor.set_image(image)
+    box = np.array([[20.0, 30.0, 300.0, 350.0]])
+    scale = 128 / max(image.shape)
+    for multimask in (False, True):
+        for token_only in (False, True):
+            _, iou, low_res = predictor.predict(
+                box=box[0], multimask_output=multimask, hq_token_only=token_only
+            )
+            with torch.inference_mode():
+                out = model(
+                    pixel_values=torch_pixels(image, 128),
+                    input_boxes=torch.tensor(box[None] * scale).float(),
+                    multimask_output=multimask,
+                    hq_token_only=token_only,
+                )
+            # transformers returns all proposals, the best first; SAM-HQ's own code the best alone.
+            assert relative_difference(low_res, out.pred_masks[0, 0, :1].numpy()) <= 1e-3
+            assert np.abs(iou - out.iou_scores[0, 0, :1].numpy()).max() <= 1e-3

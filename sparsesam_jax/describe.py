@@ -1,0 +1,81 @@
+"""`sparsesam info`: what a weights file holds, and what its encoder computes at some densities."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import typer
+
+from pallas_kernels import BlockLayout
+from sparsesam_jax import sam
+from sparsesam_jax import weights as files
+from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+from sparsesam_jax.image_files import write_images
+from sparsesam_jax.overlay import draw_layouts
+from sparsesam_jax.plan import attention_layout, num_routed_tokens
+
+
+def run(weights: str, sparsities: Sequence[Sparsity], picture: Path | None) -> None:
+    """Print the description and, if asked, draw the layouts."""
+    path = sam.locate(weights)
+    metadata, tensors = files.inspect(path)
+    config = files.config_of(path, metadata)
+    shapes = {name: spec.shape for name, spec in files.parameter_shapes(config).items()}
+    if problems := files.mismatches(shapes, tensors):
+        raise ValueError(f"{path} must hold the parameters of its config: {'; '.join(problems)}")
+    count = sum(int(np.prod(spec.shape)) for spec in tensors.values())
+    dtypes = ", ".join(sorted({spec.dtype for spec in tensors.values()}))
+    fields = json.loads(config.to_json())
+    encoder = fields.pop("image_encoder")
+    typer.echo(f"weights        {metadata.get('name', path.name)} ({path})")
+    typer.echo(f"size           {path.stat().st_size / 1e6:.1f} MB, {dtypes}")
+    typer.echo(f"parameters     {count:,} in {len(tensors)} tensors")
+    for title, values in (("image encoder", encoder), ("decoder", fields)):
+        typer.echo(f"{title:15}" + ", ".join(f"{key} {value}" for key, value in values.items()))
+    rows = []
+    for sparsity in sparsities:
+        layouts = _layouts(config.image_encoder, sparsity)
+        typer.echo(f"density {sparsity.density:g}")
+        for kind, layout in layouts.items():
+            typer.echo(f"  {kind:10} {_layout_as_text(layout)}")
+        typer.echo(f"  {'MLP':10} {_routing_as_text(config.image_encoder, sparsity)}")
+        rows.append([(f"{kind}, density {sparsity.density:g}", x) for kind, x in layouts.items()])
+    if picture is not None:
+        write_images({picture: draw_layouts(rows)})
+        typer.echo(f"wrote {picture}")
+
+
+def _layouts(config: ImageEncoderConfig, sparsity: Sparsity) -> dict[str, BlockLayout]:
+    """The layout of each kind of attention that the encoder has."""
+    grid = (config.grid_size, config.grid_size)
+    layouts: dict[str, BlockLayout] = {}
+    for index in range(config.depth):
+        kind = "global" if config.is_global(index) else "windowed"
+        layouts.setdefault(kind, attention_layout(config, sparsity, index, grid))
+    return layouts
+
+
+def _layout_as_text(layout: BlockLayout) -> str:
+    diagonal = " and the diagonal" if layout.diagonal else ""
+    return (
+        f"{layout.bar_len} of {layout.seq_len} keys{diagonal}; {layout.kv_num_blocks.sum()} of "
+        f"{layout.num_q_blocks * layout.num_kv_blocks} blocks ({layout.density:.3f})"
+    )
+
+
+def _routing_as_text(config: ImageEncoderConfig, sparsity: Sparsity) -> str:
+    """What the MLPs run on."""
+    grid = (config.grid_size, config.grid_size)
+    counts = {
+        index: count
+        for index in range(config.depth)
+        if (count := num_routed_tokens(config, sparsity, index, grid)) is not None
+    }
+    if not counts:
+        return "all tokens in all blocks"
+    blocks = " ".join(map(str, counts))
+    tokens = next(iter(counts.values()))
+    return f"{tokens} of {grid[0] * grid[1]} tokens in blocks {blocks}; all in the others"

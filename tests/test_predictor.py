@@ -1,0 +1,236 @@
+"""`SamPredictor`: SAM's interface, static shapes, and what it says of bad input."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import random_weights
+
+from sparsesam_jax import Sam, SamPredictor, Sparsity
+from sparsesam_jax import predictor as predictor_module
+from sparsesam_jax.image_encoder import ImageEncoder
+from sparsesam_jax.mask_decoder import MaskDecoder
+
+BOX = np.array([10.0, 20.0, 90.0, 70.0])
+POINTS, LABELS = np.array([[40.0, 50.0], [80.0, 20.0]]), np.array([1, 0])
+
+
+@pytest.fixture(scope="module")
+def sam(tmp_path_factory) -> Sam:
+    return Sam.from_pretrained(
+        random_weights(tmp_path_factory.mktemp("predictor") / "small.safetensors")
+    )
+
+
+def photo(height: int = 90, width: int = 120, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.fixture
+def predictor(sam: Sam) -> SamPredictor:
+    predictor = SamPredictor(sam)
+    predictor.set_image(photo())
+    return predictor
+
+
+def test_shapes_and_dtypes(predictor: SamPredictor):
+    masks, iou, low_res = predictor.predict(POINTS, LABELS)
+    assert masks.shape == (3, 90, 120)
+    assert masks.dtype == bool
+    assert iou.shape == (3,)
+    assert low_res.shape == (3, 32, 32)
+    masks, _, _ = predictor.predict(box=BOX, multimask_output=False, return_logits=True)
+    assert masks.shape == (1, 90, 120)
+    assert masks.dtype == np.float32
+    masks, iou, low_res = predictor.predict(box=np.stack([BOX, BOX + 5, BOX - 5]))
+    assert masks.shape == (3, 3, 90, 120)
+    assert iou.shape == (3, 3)
+    assert low_res.shape == (3, 3, 32, 32)
+
+
+def test_many_prompts_are_the_prompts_one_by_one(predictor: SamPredictor):
+    boxes = np.stack([BOX, BOX + 7, BOX - 9])
+    together = predictor.predict(np.tile(POINTS, (3, 1, 1)), np.tile(LABELS, (3, 1)), boxes)
+    for index, box in enumerate(boxes):
+        alone = predictor.predict(POINTS, LABELS, box)
+        np.testing.assert_allclose(together[2][index], alone[2], atol=1e-4)
+        np.testing.assert_allclose(together[1][index], alone[1], atol=1e-5)
+
+
+def test_a_previous_mask_is_a_prompt(predictor: SamPredictor):
+    _, _, low_res = predictor.predict(box=BOX, multimask_output=False)
+    again = predictor.predict(box=BOX, mask_input=low_res, multimask_output=False)
+    assert np.abs(again[2] - low_res).max() > 1e-4
+    batched = predictor.predict(
+        box=np.stack([BOX] * 2), mask_input=np.stack([low_res] * 2), multimask_output=False
+    )
+    np.testing.assert_allclose(batched[2][1], again[2], atol=1e-4)
+
+
+def test_batch_is_image_by_image(sam: Sam):
+    """Images and prompts of different sizes and numbers share one call each."""
+    images = [photo(), photo(200, 60, 1), photo(64, 64, 2)]
+    predictor = SamPredictor(sam)
+    predictor.set_image_batch(images)
+    masks, iou, low_res = predictor.predict_batch(
+        point_coords_batch=[POINTS, None, POINTS[:1]],
+        point_labels_batch=[LABELS, None, LABELS[:1]],
+        box_batch=[None, BOX[[1, 0, 3, 2]], np.stack([BOX / 2] * 2)],
+    )
+    assert [m.shape for m in masks] == [(3, 90, 120), (3, 200, 60), (2, 3, 64, 64)]
+    alone = SamPredictor(sam)
+    prompts = [
+        {"point_coords": POINTS, "point_labels": LABELS},
+        {"box": BOX[[1, 0, 3, 2]]},
+        {
+            "point_coords": POINTS[:1],
+            "point_labels": LABELS[:1],
+            "box": np.stack([BOX / 2] * 2),
+        },
+    ]
+    for index, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        alone.set_image(image)
+        expected = alone.predict(**prompt)
+        np.testing.assert_allclose(low_res[index], expected[2], atol=1e-3)
+        np.testing.assert_allclose(iou[index], expected[1], atol=1e-4)
+        assert (masks[index] == expected[0]).mean() > 0.999
+
+
+def test_bgr(sam: Sam):
+    rgb, bgr = SamPredictor(sam), SamPredictor(sam)
+    rgb.set_image(photo())
+    bgr.set_image(photo()[..., ::-1], image_format="BGR")
+    np.testing.assert_array_equal(rgb.get_image_embedding(), bgr.get_image_embedding())
+
+
+def test_one_compilation_serves_all_photos_and_prompts(tmp_path, monkeypatch):
+    """Counts tracings: Python runs the modules' `__call__` only while a function is traced."""
+    traced = {"encoder": 0, "decoder": 0}
+    for name, module, method in (
+        ("encoder", ImageEncoder, "block_outputs"),
+        ("decoder", MaskDecoder, "__call__"),
+    ):
+        original = getattr(module, method)
+
+        def counted(*args, original=original, name=name, **kwargs):
+            traced[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, method, counted)
+    # A sparsity of its own, so that no other test has compiled this model.
+    sam = Sam.from_pretrained(
+        random_weights(tmp_path / "sam.safetensors"), sparsity=Sparsity(0.37, block_size=16)
+    )
+    predictor = SamPredictor(sam)
+    for size in ((90, 120), (300, 40), (256, 256), (1, 1)):
+        predictor.set_image(photo(*size))
+        predictor.predict(box=BOX)
+        predictor.predict(POINTS, LABELS)
+        predictor.predict(POINTS[:1], LABELS[:1], BOX)
+    assert traced == {"encoder": 1, "decoder": 1}
+    other = SamPredictor(sam)  # and a predictor of the same model compiles nothing
+    other.set_image(photo())
+    other.predict(box=BOX)
+    assert traced == {"encoder": 1, "decoder": 1}
+
+
+def test_postprocessing_is_sams(predictor: SamPredictor):
+    """The masks equal torch's two bilinear resizes with the crop between them."""
+    torch = pytest.importorskip("torch")
+    logits, _, low_res = predictor.predict(box=BOX, return_logits=True)
+    resize = {"mode": "bilinear", "align_corners": False}
+    full = torch.nn.functional.interpolate(torch.tensor(low_res[None]), (128, 128), **resize)
+    cropped = full[..., :96, :128]
+    expected = torch.nn.functional.interpolate(cropped, (90, 120), **resize)[0].numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_preprocessing_inside_jit_is_the_hosts():
+    """The jitted resize is within one level of Pillow's, for shrinking and enlarging."""
+    from sparsesam_jax import transforms
+
+    for size in ((90, 120), (700, 500)):
+        image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+        padded, resized = transforms.resize_and_pad(image, 256)
+        host = transforms.normalise(jnp.asarray(padded[None]), jnp.array([resized]))
+        inside = transforms.preprocess(jnp.asarray(image[None]), 256)
+        level = 1 / transforms.PIXEL_STD.min()
+        np.testing.assert_allclose(inside, host, atol=1.001 * level)
+        assert np.abs(np.asarray(inside) - np.asarray(host)).mean() < 0.1 * level
+
+
+def test_other_image_size(sam: Sam):
+    predictor = SamPredictor(sam, image_size=192)
+    predictor.set_image(photo())
+    assert predictor.get_image_embedding().shape == (1, 12, 12, 32)
+    assert predictor.predict(box=BOX)[0].shape == (3, 90, 120)
+    with pytest.raises(ValueError, match="image_size must be a multiple of 16"):
+        SamPredictor(sam, image_size=100)
+
+
+def test_needs_an_image(sam: Sam, predictor: SamPredictor):
+    empty = SamPredictor(sam)
+    assert not empty.is_image_set
+    for call in (empty.predict, empty.predict_batch, empty.get_image_embedding):
+        with pytest.raises(RuntimeError, match="no image is set"):
+            call()
+    assert predictor.is_image_set
+    predictor.reset_image()
+    assert not predictor.is_image_set
+    predictor.set_image_batch([photo(), photo()])
+    with pytest.raises(RuntimeError, match="predict needs one image"):
+        predictor.predict(box=BOX)
+
+
+@pytest.mark.parametrize(
+    ("image", "got"),
+    [
+        (np.zeros((4, 4), np.uint8), r"uint8 \(4, 4\)"),
+        (np.zeros((4, 4, 4), np.uint8), r"uint8 \(4, 4, 4\)"),
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((0, 4, 3), np.uint8), r"shape \(0, 4, 3\)"),
+    ],
+)
+def test_bad_images(sam: Sam, image, got: str):
+    check = predictor_module.check_image
+    with pytest.raises(ValueError, match=f"image must .*{got}"):
+        check(image)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"point_coords": POINTS}, "point_labels must be given"),
+        ({"point_labels": LABELS}, "point_labels must come with point_coords"),
+        ({"point_coords": POINTS, "point_labels": LABELS[:1]}, "must have the shape"),
+        ({"point_coords": POINTS, "point_labels": LABELS + 5}, "point_labels must be 1 or 0"),
+        ({"point_coords": POINTS[0], "point_labels": LABELS}, "point_coords must be"),
+        ({"box": BOX[:3]}, "box must be"),
+        ({"box": BOX, "mask_input": np.zeros((1, 9, 9), np.float32)}, "mask_input must be"),
+        (
+            {
+                "point_coords": np.tile(POINTS, (3, 1, 1)),
+                "point_labels": np.tile(LABELS, (3, 1)),
+                "box": np.stack([BOX] * 2),
+            },
+            "as many prompts",
+        ),
+    ],
+)
+def test_bad_prompts(predictor: SamPredictor, prompt: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(**prompt)
+
+
+def test_bad_batches(sam: Sam):
+    predictor = SamPredictor(sam)
+    with pytest.raises(ValueError, match="images must hold at least one"):
+        predictor.set_image_batch([])
+    predictor.set_image_batch([photo(), photo()])
+    with pytest.raises(ValueError, match=r"box_batch must have one entry an image \(2\)"):
+        predictor.predict_batch(box_batch=[BOX])
+    with pytest.raises(ValueError, match="mask_input must be given for all images or none"):
+        predictor.predict_batch(
+            box_batch=[BOX, BOX], mask_input_batch=[np.zeros((1, 32, 32), np.float32), None]
+        )
