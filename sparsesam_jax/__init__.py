@@ -4,10 +4,15 @@ The letters that shapes use are those of `pallas_kernels`; here also P prompts o
 of a prompt, K masks of a prompt, C feature channels.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from sparsesam_jax.config import PRESETS, ImageEncoderConfig, SamConfig, Sparsity
-from sparsesam_jax.image_encoder import ImageEncoder
-from sparsesam_jax.predictor import SamPredictor
-from sparsesam_jax.sam import Prediction, Sam
+
+if TYPE_CHECKING:
+    from sparsesam_jax.image_encoder import ImageEncoder
+    from sparsesam_jax.predictor import SamPredictor
+    from sparsesam_jax.sam import Prediction, Sam
 
 __all__ = [
     "PRESETS",
@@ -19,3 +24,17 @@ __all__ = [
     "SamPredictor",
     "Sparsity",
 ]
+
+# Imported when first asked for: jax and flax take seconds, and `sparsesam --help` needs neither.
+_LAZY = {
+    "ImageEncoder": "image_encoder",
+    "Prediction": "sam",
+    "Sam": "sam",
+    "SamPredictor": "predictor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

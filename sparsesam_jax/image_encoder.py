@@ -201,7 +201,7 @@ class Attention(nnx.Module):
         q, k, v, key_bias, value_bias = self._project(x)
         rel_h, rel_w = self._relative_position(q)
         if self.window_size:
-            plan.rank_windows(self.index, k, key_bias, block_input)
+            plan.rank_windows(k, key_bias, block_input)
             layout, order = plan.window_layout(self.index)
             out = window_attention(
                 q,
@@ -215,7 +215,7 @@ class Attention(nnx.Module):
                 implementation=plan.implementation,
             )
         else:
-            plan.rank_grid(self.index, k, key_bias, block_input)
+            plan.rank_grid(k, key_bias, block_input)
             out = self._attend_grid(q, k, v, rel_h, rel_w, plan)
         out = out + value_bias
         return self.proj(out.reshape(x.shape))

@@ -74,7 +74,6 @@ class Plan:
     grid_sequence: Array | np.ndarray | None = None  # rank -> raster index
     block_order: Array | None = None  # [B, num_kv_blocks], rank -> key block
     token_order: Array | None = None  # [B, N], the routed MLP's order
-    ranked_kinds: set[str] = dataclasses.field(default_factory=set)
 
     def layout(self, index: int) -> BlockLayout:
         """The block layout of one block's attention."""
@@ -102,10 +101,10 @@ class Plan:
         assert self.token_order is not None
         return self.token_order[:, :count]
 
-    def rank_windows(self, index: int, k: Array, key_bias: Array, block_input: Array) -> None:
+    def rank_windows(self, k: Array, key_bias: Array, block_input: Array) -> None:
         """At the first windowed block: the order of the tokens in each window."""
         sparsity = self.sparsity
-        if sparsity is None or not self._first("window"):
+        if sparsity is None or self.window_order is not None:
             return
         side = self.config.window_size
         order = orders.curve_order(sparsity.curve, side, side, sparsity.seed)
@@ -126,10 +125,10 @@ class Plan:
             sequence = orders.block_sequence(unranked, rank(blocks), sparsity.block_size)
         self.window_order = sequence if sparsity.per_head else sequence[:, :, 0]
 
-    def rank_grid(self, index: int, k: Array, key_bias: Array, block_input: Array) -> None:
+    def rank_grid(self, k: Array, key_bias: Array, block_input: Array) -> None:
         """At the first global block: the sequence of global attention and the MLP's token order."""
         sparsity = self.sparsity
-        if sparsity is None or not self._first("grid"):
+        if sparsity is None or self.token_order is not None:
             return
         order = orders.curve_order(sparsity.curve, *self.grid, sparsity.seed)
         features = k + key_bias if sparsity.features == "keys" else block_input[..., None, :]
@@ -148,12 +147,6 @@ class Plan:
             last = np.arange(partial, -(-len(unranked) // sparsity.block_size))
             last = jnp.broadcast_to(last, (blocks.shape[0], len(last)))
             self.block_order = jnp.concatenate([rank(blocks), last], axis=-1)
-
-    def _first(self, kind: str) -> bool:
-        """Whether this is the first block of its kind."""
-        first = kind not in self.ranked_kinds
-        self.ranked_kinds.add(kind)
-        return first
 
     def _scores(self, features: Array, order: np.ndarray, grid: Grid) -> Array:
         """Group scores [B, H or 1, G] of features [B, N, H, C]; heads that share are one."""

@@ -52,7 +52,7 @@ class PromptEncoder(nnx.Module):
         self,
         points: Float[Array, "B P T 2"],
         labels: Int[Array, "B P T"],
-        mask_input: Float[Array, "B P 4*Gh 4*Gw"] | None,
+        mask_input: Float[Array, "B P h w"] | None,
         *,
         image_size: tuple[int, int],
         grid: tuple[int, int],
@@ -62,7 +62,8 @@ class PromptEncoder(nnx.Module):
         Args:
             points: (x, y) in pixels of the padded input image.
             labels: One of the labels of this module a point.
-            mask_input: Mask logits of an earlier prediction, or None.
+            mask_input: Mask logits of an earlier prediction, at four times the features'
+                resolution; None where there is none.
             image_size: Height and width of the padded input image.
             grid: Rows and columns of the image's features.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import random_weights
+from models import SMALL, random_weights
 
 from sparsesam_jax import Sam, SamPredictor, Sparsity
 from sparsesam_jax import predictor as predictor_module
@@ -118,9 +120,11 @@ def test_one_compilation_serves_all_photos_and_prompts(tmp_path, monkeypatch):
             return original(*args, **kwargs)
 
         monkeypatch.setattr(module, method, counted)
-    # A sparsity of its own, so that no other test has compiled this model.
+    # Sizes of its own, so that no other test has compiled this model.
+    config = dataclasses.replace(SMALL, decoder_mlp_dim=48)
     sam = Sam.from_pretrained(
-        random_weights(tmp_path / "sam.safetensors"), sparsity=Sparsity(0.37, block_size=16)
+        random_weights(tmp_path / "sam.safetensors", config),
+        sparsity=Sparsity(0.37, block_size=16),
     )
     predictor = SamPredictor(sam)
     for size in ((90, 120), (300, 40), (256, 256), (1, 1)):
@@ -157,7 +161,8 @@ def test_preprocessing_inside_jit_is_the_hosts():
         inside = transforms.preprocess(jnp.asarray(image[None]), 256)
         level = 1 / transforms.PIXEL_STD.min()
         np.testing.assert_allclose(inside, host, atol=1.001 * level)
-        assert np.abs(np.asarray(inside) - np.asarray(host)).mean() < 0.1 * level
+        # Pillow also rounds between its two passes, which moves one value in six by a level.
+        assert np.abs(np.asarray(inside) - np.asarray(host)).mean() < 0.25 * level
 
 
 def test_other_image_size(sam: Sam):
