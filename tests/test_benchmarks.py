@@ -106,6 +106,7 @@ def test_interrupted_cpu_keeps_results_and_names_missing_peers(tmp_path: Path) -
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=1)
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     text = "".join(lines) + process.communicate(timeout=60)[0]
     assert process.returncode == 130, text
     assert "transformers sdpa: not run: no transformers on this machine" in text

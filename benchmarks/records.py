@@ -1,0 +1,85 @@
+"""Raw results: JSON lines, each with where and with what it was measured."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Write = Callable[[Record], None]  # the record is on disk when the call returns
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
+
+
+@contextlib.contextmanager
+def writer(path: Path | None) -> Iterator[Write]:
+    """Records into a JSON-lines file, which the first record replaces; None keeps none.
+
+    Every record is flushed at once: what was measured outlives an interrupt.
+    """
+    with contextlib.ExitStack() as stack:
+        file = None
+
+        def write(record: Record) -> None:
+            nonlocal file
+            if path is None:
+                return
+            if file is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(path, "w", encoding="utf-8"))
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+
+        yield write
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, with `+` behind it if files differ; None outside of a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return f"{head}+" if _git(root, "status", "--porcelain") else head
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's model."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def available_cpus() -> int:
+    """Processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
