@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.block_layout import BlockLayout
 
 Index = Array | np.ndarray  # static where it is a numpy array
-# Queries whose logits are live at a time: bounds the memory at (B H 256 keys) floats. Unrolled,
-# because XLA's cost analysis counts the body of a loop once.
+# Queries whose logits are one product. XLA can use a chunk's memory again for the next, though
+# nothing makes it wait. Unrolled, because XLA's cost analysis counts the body of a loop once.
 _QUERY_CHUNK = 256
 # Finite, so that a row without any valid key (padding that is cut off later) has no NaN gradient.
 _MASKED = -1e30
