@@ -285,11 +285,11 @@ def _kernel(
 
         load_queries(0)
 
-        @pl.loop(0, num_own_items)  # pyright: ignore[reportCallIssue]
+        @pl.loop(0, num_own_items)
         def _item(count):
             plgpu.barrier_wait(q_ready.at[wg])
             if q_factor != 1:
-                scaled = plgpu.load(own_q, layout=plgpu.Layout.WGMMA, optimized=False)
+                scaled = plgpu.load(own_q, (), layout=plgpu.Layout.WGMMA, optimized=False)
                 own_q[...] = (scaled.astype(jnp.float32) * q_factor).astype(dtype)
                 plgpu.commit_smem()
             attend(count)
