@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from sparsesam_jax.config import Curve, Layout
+from sparsesam_jax.config import Layout
 
 GROUP = 4
 
 
 @functools.lru_cache(maxsize=64)
-def curve_order(curve: Curve, height: int, width: int, seed: int = 0) -> np.ndarray:
+def curve_order(curve: str, height: int, width: int, seed: int = 0) -> np.ndarray:
     """Raster index of the i-th token along a curve, int32, [height * width].
 
     The Morton code of (row, col) interleaves their bits, the row's bit above the column's. On a
@@ -101,7 +101,9 @@ def stripe_sequence(
 
 
 def block_sequence(
-    sequence: Int[np.ndarray, " N"], block_rank: Int[Array, "*batch K"], block_size: int
+    sequence: Int[np.ndarray, " N"],
+    block_rank: Int[Array | np.ndarray, "*batch K"],
+    block_size: int,
 ) -> Int[Array, "*batch N"]:
     """A sequence with its full blocks in rank order; a partial last block stays last.
 
@@ -130,7 +132,7 @@ def token_order(
     return stripe_sequence(order, jnp.argsort(place, axis=-1, stable=True), "contiguous")
 
 
-def inverse(permutation: Int[Array, "*batch N"]) -> Int[Array, "*batch N"]:
+def inverse(permutation: Int[Array | np.ndarray, "*batch N"]) -> Int[Array, "*batch N"]:
     """The inverse of each permutation along the last axis."""
     return jnp.argsort(permutation, axis=-1)
 

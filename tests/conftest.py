@@ -1,9 +1,15 @@
-"""What must be set before jax starts."""
+"""What must be set before jax starts, and how hypothesis draws."""
 
 import os
+
+from hypothesis import settings
 
 # Mosaic GPU's interpreter runs a kernel's warpgroups as host threads that wait for each other: with
 # as few threads as a small machine has processors, it hangs.
 os.environ.setdefault("NPROC", "16")
 # The tests' time is compilation, and XLA's lowest level of optimisation halves it.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+
+# The same examples on every run, and no test fails for the time that a compilation takes.
+settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
+settings.load_profile("project")

@@ -70,4 +70,4 @@ def test_morton_groups_are_squares(rows: int, cols: int):
 
 def test_unknown_curve():
     with pytest.raises(ValueError, match="curve must be morton"):
-        curve_order("peano", 4, 4)  # pyright: ignore[reportArgumentType]
+        curve_order("peano", 4, 4)
