@@ -1,5 +1,6 @@
-"""What must be set before jax starts, and how hypothesis draws."""
+"""What must be set before jax starts, how hypothesis draws, and what needs PyTorch."""
 
+import importlib.util
 import os
 
 from hypothesis import settings
@@ -13,3 +14,12 @@ os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('
 # The same examples on every run, and no test fails for the time that a compilation takes.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("project")
+
+# What reads or writes PyTorch's files is tested where the extra `test` is installed, PyTorch with it.
+needs_torch = [
+    "test_convert.py",
+    "test_convert_errors.py",
+    "test_convert_rules.py",
+    "test_weights.py",
+]
+collect_ignore = [] if importlib.util.find_spec("torch") else needs_torch
