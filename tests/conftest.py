@@ -15,7 +15,7 @@ os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("project")
 
-# What reads or writes PyTorch's files is tested where the extra `test` is installed, PyTorch with it.
+# What reads or writes PyTorch's files is tested where PyTorch is: the extra `test` brings it.
 needs_torch = [
     "test_convert.py",
     "test_convert_errors.py",
