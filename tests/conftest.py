@@ -15,8 +15,9 @@ os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("project")
 
-# What reads or writes PyTorch's files is tested where PyTorch is: the extra `test` brings it.
+# What reads PyTorch's files or runs beside it is tested where it is: the extra `test` brings it.
 needs_torch = [
+    "test_benchmarks.py",
     "test_convert.py",
     "test_convert_errors.py",
     "test_convert_rules.py",
