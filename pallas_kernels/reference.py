@@ -86,6 +86,21 @@ def window_attention(
     return window_unpartition(out.swapaxes(1, 2), window_size, (batch, height, width))
 
 
+def relative_position(
+    q: Float[Array, "B Gh Gw H D"],
+    rel_pos_h: Float[Array, "Gh Sh D"],
+    rel_pos_w: Float[Array, "Gw Sw D"],
+) -> tuple[Float[Array, "B Gh Gw H Sh"], Float[Array, "B Gh Gw H Sw"]]:
+    """The query side of the decomposed position bias, float32: `q . rel_pos_h[y, i]` and columns.
+
+    Source: MViTv2, arXiv 2112.01526, Eq. 4; SAM, arXiv 2304.02643.
+    """
+    return (
+        _einsum("byxhd,yid->byxhi", q, rel_pos_h),
+        _einsum("byxhd,xjd->byxhj", q, rel_pos_w),
+    )
+
+
 def window_partition(x: Float[Array, "B Gh Gw *C"], window_size: int) -> Float[Array, "BW ww *C"]:
     """Cut a feature map into windows, zero-padded past its bottom and right edge."""
     batch, height, width, *channels = x.shape

@@ -6,166 +6,266 @@ The public function, which runs as plain XLA (`reference`) or as the Mosaic GPU 
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import Implementation, resolve
-from pallas_kernels.key_side import BLOCK, CHUNK, key_side
-from pallas_kernels.stripe_kernel import CONFIGS, Config, Statics, launch
+from pallas_kernels.stripe_kernel import CONFIGS, Config, Operands, Statics, launch
+from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, find_tiling, step_table
+
+Sequence = Array | np.ndarray  # static where it is a numpy array
 
 
-def _chunks(size: int) -> int:
-    return -(-size // CHUNK)
+class _Prepared(NamedTuple):
+    """The kernel's arguments, for tiles or for a sequence.
+
+    Attributes:
+        tiling: Which tokens make a block.
+        tile_of_block: Tile of every block of the layout.
+        qkv: [B, Gh, Gw, 3 H, D] as the tiling views it.
+        operands: The position bias.
+    """
+
+    tiling: Tiling
+    tile_of_block: np.ndarray
+    qkv: Array
+    operands: Operands
+
+    def fitting_config(self) -> Config | None:
+        """The first configuration that fits in registers and shared memory."""
+        rel_h, rel_w, onehot = self.operands
+        if onehot is None:
+            query_bias = BLOCK * (4 * rel_h.shape[1] + 2 * rel_w.shape[1] * CHUNK)
+            key_bias = 0
+        else:
+            query_bias = 2 * BLOCK * (rel_h.shape[-1] + rel_w.shape[-1])
+            key_bias = 2 * CHUNK * onehot.shape[1]
+        for config in CONFIGS:
+            if config.fits(self.qkv.shape[-1], query_bias, key_bias):
+                return config
+        return None
 
 
-def _labels(
-    key_rows: Array | np.ndarray, key_cols: Array | np.ndarray, num_rows: int
-) -> Array | np.ndarray:
-    """The labels that `key_side` takes: numpy [2, N], or a jax array [2, 1 or B or B H, N]."""
-    key_cols = key_cols + _chunks(num_rows) * CHUNK
-    if all(isinstance(x, np.ndarray) and x.ndim == 1 for x in (key_rows, key_cols)):
-        return np.stack([key_rows, key_cols])
-    with_axes = (
-        jnp.asarray(x).reshape(*(*x.shape[:-1], 1, 1)[:2], -1) for x in (key_rows, key_cols)
-    )
-    labels = jnp.stack(jnp.broadcast_arrays(*with_axes))  # [2, 1 or B, 1 or H, N]
-    return labels.reshape(2, -1, labels.shape[-1])
-
-
-def _fitting_config(
-    q: Array,
-    rel_h: Array,
-    rel_w: Array,
-    labels: Array | np.ndarray,
+def _prepare(
+    qkv: Array,
+    rel_pos_h: Array,
+    rel_pos_w: Array,
+    sequence: Sequence | None,
     layout: BlockLayout,
-    block_order: Array | None,
-) -> Config | None:
-    """The first tiling that fits in registers and shared memory."""
-    num_chunks = _chunks(rel_h.shape[-1]) + _chunks(rel_w.shape[-1])
-    num_parts = 2 if jnp.float32 in (rel_h.dtype, rel_w.dtype) else 1
-    for config in CONFIGS:
-        side = functools.partial(key_side, labels, num_chunks, layout, block_kv=config.block_kv)
-        onehot = jax.eval_shape(lambda side=side: side(block_order=block_order).onehot)
-        if config.fits(q.shape[-1], num_parts * num_chunks, onehot.shape[1]):
-            return config
-    return None
+) -> _Prepared:
+    grid = qkv.shape[1:3]
+    is_static = sequence is None or isinstance(sequence, np.ndarray)
+    found = find_tiling(grid, sequence, layout) if is_static else None
+    if found is not None:
+        return _prepare_tiles(qkv, rel_pos_h, rel_pos_w, *found)
+    assert sequence is not None, "raster order is static"
+    return _prepare_sequence(qkv, rel_pos_h, rel_pos_w, sequence)
+
+
+def _prepare_tiles(
+    qkv: Array, rel_pos_h: Array, rel_pos_w: Array, tiling: Tiling, tile_of_block: np.ndarray
+) -> _Prepared:
+    batch, height, width, _, heads, head_dim = qkv.shape
+    stride, tile_rows, tile_cols = tiling.stride, tiling.rows // SIDE, tiling.cols // SIDE
+    q = qkv[:, :, :, 0]
+    q = q.reshape(batch, tile_rows, SIDE, stride, tile_cols, SIDE, stride, heads, head_dim)
+    by_row = rel_pos_h[:, tiling.by_parity(height)]
+    by_row = by_row.reshape(tile_rows, SIDE, stride, height, head_dim)
+    by_col = _whole_chunks(rel_pos_w[:, tiling.by_parity(width)])
+    by_col = by_col.reshape(tile_cols, SIDE, stride, -1, CHUNK, head_dim)
+    # r, c: tile; p, w: parity of its rows and columns; y, x: token in it; i: key row; k, j: chunk
+    # of key columns and column in it.
+    options = {"preferred_element_type": jnp.float32}
+    rel_h = jnp.einsum("brypcxwhd,rypid->bhprwciyx", q, by_row, **options)
+    rel_w = jnp.einsum("brypcxwhd,cxwkjd->bhprwckyxj", q, by_col, **options)
+    root = math.sqrt(head_dim)  # in the units of q . k, which the softmax scales
+    rel_h = (rel_h * root).reshape(-1, height, BLOCK)
+    rel_w = (rel_w * root).astype(qkv.dtype).reshape(-1, by_col.shape[3], BLOCK, CHUNK)
+    flat = tiling.view(qkv.reshape(batch, height, width, 3 * heads, head_dim))
+    return _Prepared(tiling, tile_of_block, flat, Operands(rel_h, rel_w))
+
+
+def _prepare_sequence(
+    qkv: Array, rel_pos_h: Array, rel_pos_w: Array, sequence: Sequence
+) -> _Prepared:
+    batch, height, width, _, heads, head_dim = qkv.shape
+    seq_len = height * width
+    tiling = Tiling(seq_len // SIDE, SIDE, 1)
+
+    def view(x: Array) -> Array:
+        x = permute(x.reshape(batch, seq_len, heads, -1), sequence)
+        return x.reshape(batch, -1, SIDE, heads, x.shape[-1])
+
+    tables = (_whole_chunks(rel_pos_h), _whole_chunks(rel_pos_w))
+    rel = reference.relative_position(qkv[:, :, :, 0], *tables)
+    root = math.sqrt(head_dim)  # in the units of q . k, which the softmax scales
+    rel_h, rel_w = ((x * root).astype(qkv.dtype) for x in rel)
+    labels = jnp.stack([sequence // width, sequence % width + rel_h.shape[-1]])
+    coordinates = jnp.arange(rel_h.shape[-1] + rel_w.shape[-1]).reshape(-1, 1, CHUNK)
+    labels = labels.reshape(2, -1, 1, seq_len, 1)
+    onehot = (labels == coordinates).any(0).astype(qkv.dtype)  # [1 or B or B H, chunks, N, 16]
+    flat = jnp.concatenate([view(qkv[:, :, :, i]) for i in range(3)], axis=3)
+    operands = Operands(tiling.view(view(rel_h)), tiling.view(view(rel_w)), onehot)
+    tile_of_block = np.arange(tiling.num_tiles, dtype=np.int32)
+    return _Prepared(tiling, tile_of_block, tiling.view(flat), operands)
+
+
+def _whole_chunks(rel_pos: Array) -> Array:
+    """A table with its key coordinates padded to whole chunks."""
+    return jnp.pad(rel_pos, ((0, 0), (0, -rel_pos.shape[1] % CHUNK), (0, 0)))
+
+
+def permute(x: Float[Array, "B N H C"], sequence: Sequence) -> Float[Array, "B N H C"]:
+    """The tokens of x in the order of a sequence [N], [B, N] or [B, H, N]."""
+    if isinstance(sequence, np.ndarray) and sequence.ndim == 1:
+        return x[:, sequence]
+    if sequence.ndim == 2:
+        return jnp.take_along_axis(x, sequence[:, :, None, None], axis=1)
+    return jnp.take_along_axis(x, sequence.swapaxes(1, 2)[..., None], axis=1)
+
+
+def _inverse(sequence: Sequence) -> Sequence:
+    numpy = np if isinstance(sequence, np.ndarray) else jnp
+    return numpy.argsort(sequence, axis=-1)
 
 
 def _problems(
-    q: Array,
-    k: Array,
-    v: Array,
-    rel_h: Array,
-    rel_w: Array,
-    key_rows: Array | np.ndarray,
-    key_cols: Array | np.ndarray,
+    qkv: Array,
+    rel_pos_h: Array,
+    rel_pos_w: Array,
+    sequence: Sequence | None,
     layout: BlockLayout,
-    block_order: Array | None,
 ) -> list[str]:
     """What keeps the kernel from running a call, each as one clause."""
-    seq_len, head_dim = q.shape[1], q.shape[3]
+    _, height, width, _, _, head_dim = qkv.shape
     problems = []
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype or v.dtype != q.dtype:
-        dtypes = f"{q.dtype}, {k.dtype} and {v.dtype}"
-        problems.append(f"q, k and v must be all bfloat16 or all float16, got {dtypes}")
+    if qkv.dtype not in (jnp.bfloat16, jnp.float16):
+        problems.append(f"qkv must be bfloat16 or float16, got {qkv.dtype}")
     if head_dim % 16 or not 16 <= head_dim <= 128:
         problems.append(f"head_dim must be a multiple of 16 up to 128, got {head_dim}")
-    if seq_len % BLOCK:
-        problems.append(f"seq_len must be a multiple of {BLOCK}, got {seq_len}")
+    if height * width % BLOCK:
+        problems.append(f"Gh * Gw must be a multiple of {BLOCK}, got {height} x {width}")
+    if max(height, width) > 128:
+        problems.append(f"Gh and Gw must be at most 128, got {height} x {width}")
     if (layout.block_q, layout.block_kv) != (BLOCK, BLOCK):
         got = f"{layout.block_q} x {layout.block_kv}"
         problems.append(f"layout must have blocks of {BLOCK} x {BLOCK}, got {got}")
-    for name, x in (("rel_h", rel_h), ("rel_w", rel_w)):
-        if x.dtype not in (q.dtype, jnp.float32):
-            problems.append(f"{name} must have the dtype of q or float32, got {x.dtype}")
-        if x.shape[-1] > 128:
-            problems.append(f"{name} must have at most 128 coordinates, got {x.shape[-1]}")
-    if not problems:
-        labels = _labels(key_rows, key_cols, rel_h.shape[-1])
-        if _fitting_config(q, rel_h, rel_w, labels, layout, block_order) is None:
-            problems.append(
-                "head_dim and the coordinates of rel_h and rel_w must fit in shared memory, got "
-                f"head_dim {head_dim}, {rel_h.shape[-1]} rows and {rel_w.shape[-1]} columns"
-            )
+    if problems:
+        return problems
+
+    def arrays_of(*arrays: Any) -> Any:
+        return _prepare(*arrays, layout)[2:]
+
+    static = None if isinstance(sequence, np.ndarray) else sequence
+    shapes = jax.eval_shape(
+        lambda *arrays: arrays_of(*arrays[:3], sequence if arrays[3] is None else arrays[3]),
+        *(qkv, rel_pos_h, rel_pos_w, static),
+    )
+    if _Prepared(Tiling(0, 0, 1), np.zeros(0), *shapes).fitting_config() is None:
+        problems.append(
+            "head_dim and the sides of the map must fit in shared memory, got "
+            f"head_dim {head_dim} and {height} x {width} tokens"
+        )
     return problems
 
 
 def stripe_attention(
-    q: Float[Array, "B N H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    rel_h: Float[Array, "B N H Sh"],
-    rel_w: Float[Array, "B N H Sw"],
-    key_rows: Int[Array | np.ndarray, "*batch N"],
-    key_cols: Int[Array | np.ndarray, "*batch N"],
+    qkv: Float[Array, "B Gh Gw 3 H D"],
+    rel_pos_h: Float[Array, "Gh Gh D"],
+    rel_pos_w: Float[Array, "Gw Gw D"],
+    sequence: Int[Array | np.ndarray, "*batch N"] | None = None,
     *,
     layout: BlockLayout,
     block_order: Int[Array, "B num_kv_blocks"] | None = None,
     implementation: Implementation = "auto",
-) -> Float[Array, "B N H D"]:
+) -> Float[Array, "B Gh Gw H D"]:
     """Attention over a static block layout with SAM's decomposed relative position bias.
 
-    `softmax(q k^T / sqrt(D) + rel_h[:, key_rows] + rel_w[:, key_cols]) v` over the layout's keys.
+    `softmax(q k^T / sqrt(D) + rel_h + rel_w) v` over the layout's keys, where a query at row y and
+    column x and a key at row i and column j have `rel_h = q . rel_pos_h[y, i]` and
+    `rel_w = q . rel_pos_w[x, j]`. The layout's blocks are those of the sequence, N = Gh Gw tokens.
     Source: Stripe-Sort attention, SparseSAM, arXiv 2605.17633.
 
     Args:
-        q: Queries in sequence order.
-        k: Keys in sequence order.
-        v: Values in sequence order.
-        rel_h: The query side of the row bias, a value for every key row, from the unscaled q; in
-            q's dtype or float32, of which the kernel keeps twice the mantissa of q's dtype.
-        rel_w: The same for the columns.
-        key_rows: Row of every key, int32: [N] (numpy: static, the fast path), [B, N] or [B, H, N].
-        key_cols: Column of every key.
+        qkv: Queries, keys and values as one projection gives them, in raster order.
+        rel_pos_h: What every query row adds for every key row, dtype of qkv.
+        rel_pos_w: The same for columns.
+        sequence: Raster index of every token in the order that the layout cuts into blocks, int32:
+            [N] (numpy: static; the fast path if its blocks are tiles, see `pallas_kernels.tiles`),
+            [B, N] or [B, H, N]. None is raster order.
         layout: Which 64 x 64 blocks are computed.
         block_order: Rank -> key block: the bar is the `layout.num_bar_blocks` best-ranked blocks of
             every image. None is the identity.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
     Returns:
-        Attention's output in sequence order, q's dtype.
+        Attention's output in raster order, dtype of qkv.
 
     Raises:
         ValueError: Shapes disagree, or `"mosaic_gpu"` is asked for where it cannot run.
         NotImplementedError: The kernel is differentiated; `"xla"` is differentiable.
     """
-    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
-        raise ValueError(
-            f"q, k and v must have one shape [B, N, H, D], got {q.shape}, {k.shape} and {v.shape}"
-        )
-    for name, x in (("rel_h", rel_h), ("rel_w", rel_w)):
-        if x.shape[:-1] != q.shape[:-1]:
-            raise ValueError(f"{name} must have shape {q.shape[:-1]} + (S,), got {x.shape}")
-    batch, seq_len, num_heads, _ = q.shape
-    for name, x in (("key_rows", key_rows), ("key_cols", key_cols)):
-        if x.shape not in ((seq_len,), (batch, seq_len), (batch, num_heads, seq_len)):
-            raise ValueError(f"{name} must have shape [N], [B, N] or [B, H, N], got {x.shape}")
+    if qkv.ndim != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must have shape [B, Gh, Gw, 3, H, D], got {qkv.shape}")
+    batch, height, width, _, heads, head_dim = qkv.shape
+    for name, x, side in (("rel_pos_h", rel_pos_h, height), ("rel_pos_w", rel_pos_w, width)):
+        if x.shape != (side, side, head_dim) or x.dtype != qkv.dtype:
+            expected = f"shape {(side, side, head_dim)} and dtype {qkv.dtype}"
+            raise ValueError(f"{name} must have {expected}, got {x.shape} and {x.dtype}")
+    seq_len = height * width
+    shapes = ((seq_len,), (batch, seq_len), (batch, heads, seq_len))
+    if sequence is not None and sequence.shape not in shapes:
+        raise ValueError(f"sequence must have one of the shapes {shapes}, got {sequence.shape}")
     if layout.seq_len != seq_len:
         raise ValueError(f"layout must have seq_len {seq_len}, got {layout.seq_len}")
-    arrays = (q, k, v, rel_h, rel_w, key_rows, key_cols)
-    problems = [] if implementation == "xla" else _problems(*arrays, layout, block_order)
+    if block_order is not None and block_order.shape != (batch, layout.num_kv_blocks):
+        expected = (batch, layout.num_kv_blocks)
+        raise ValueError(f"block_order must have shape {expected}, got {block_order.shape}")
+    arrays = (qkv, rel_pos_h, rel_pos_w, sequence)
+    problems = [] if implementation == "xla" else _problems(*arrays, layout)
     chosen = resolve(implementation, function="stripe_attention", problems=problems)
-    program = mosaic_stripe_attention if chosen == "mosaic_gpu" else reference.stripe_attention
+    program = mosaic_stripe_attention if chosen == "mosaic_gpu" else _xla_stripe_attention
     return program(*arrays, layout=layout, block_order=block_order)
 
 
+def _xla_stripe_attention(
+    qkv: Array,
+    rel_pos_h: Array,
+    rel_pos_w: Array,
+    sequence: Sequence | None,
+    *,
+    layout: BlockLayout,
+    block_order: Array | None,
+) -> Array:
+    """`reference.stripe_attention` of the tokens in the order of the sequence."""
+    q, k, v = (qkv[:, :, :, i] for i in range(3))
+    rel_h, rel_w = reference.relative_position(q, rel_pos_h, rel_pos_w)
+    shape, width = q.shape, q.shape[2]
+    arrays = [x.reshape(shape[0], layout.seq_len, *x.shape[3:]) for x in (q, k, v, rel_h, rel_w)]
+    if layout.is_dense:
+        sequence, block_order = None, None
+    if sequence is not None:
+        arrays = [permute(x, sequence) for x in arrays]
+    positions = np.arange(layout.seq_len) if sequence is None else sequence
+    place = (positions // width, positions % width)
+    out = reference.stripe_attention(*arrays, *place, layout=layout, block_order=block_order)
+    if sequence is not None:
+        out = permute(out, _inverse(sequence))
+    return out.reshape(shape)
+
+
 def mosaic_stripe_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    rel_h: Array,
-    rel_w: Array,
-    key_rows: Array | np.ndarray,
-    key_cols: Array | np.ndarray,
+    qkv: Array,
+    rel_pos_h: Array,
+    rel_pos_w: Array,
+    sequence: Sequence | None = None,
     *,
     layout: BlockLayout,
     block_order: Array | None = None,
@@ -173,28 +273,15 @@ def mosaic_stripe_attention(
     interpret: Any = False,
 ) -> Array:
     """The kernel on checked arguments; `config` and `interpret` are for tests and tuning."""
-    labels = _labels(key_rows, key_cols, rel_h.shape[-1])
-    config = config or _fitting_config(q, rel_h, rel_w, labels, layout, block_order)
-    assert config is not None, "the public function checks that a tiling fits"
-    num_chunks = _chunks(rel_h.shape[-1]) + _chunks(rel_w.shape[-1])
-    keys = key_side(labels, num_chunks, layout, block_kv=config.block_kv, block_order=block_order)
-
-    rel = [jnp.pad(x, ((0, 0),) * 3 + ((0, -x.shape[-1] % CHUNK),)) for x in (rel_h, rel_w)]
-    info = jnp.finfo(q.dtype)
-    # `reduce_precision`, because XLA may drop a pair of conversions and with it the rounding.
-    high = [lax.reduce_precision(x, info.nexp, info.nmant) for x in rel]
-    low = [x - y for x, y in zip(rel, high, strict=True)]
-    # Float32 takes a second product, which adds what rounding to 16 bits took away.
-    parts = high + low if jnp.float32 in (rel_h.dtype, rel_w.dtype) else high
-
-    root = math.sqrt(q.shape[-1])
-    bias_factor = root if math.frexp(root)[0] == 0.5 else 8.0  # a power of two: exact in 16 bits
-    return launch(
-        Statics(layout, config, keys.num_blocks, keys.streamed, bias_factor, interpret),
-        q,
-        k,
-        v,
-        tuple(x.astype(q.dtype) for x in parts),
-        keys.onehot.astype(q.dtype) * jnp.asarray(bias_factor, q.dtype),
-        keys.table,
-    )
+    prepared = _prepare(qkv, rel_pos_h, rel_pos_w, sequence, layout)
+    config = config or prepared.fitting_config()
+    assert config is not None, "the public function checks that a configuration fits"
+    table = step_table(prepared.tile_of_block, layout, block_order, config.block_kv)
+    batch, height, width, _, heads, head_dim = qkv.shape
+    streamed = prepared.operands.onehot is not None
+    statics = Statics(layout, config, prepared.tiling, streamed, heads, interpret)
+    out = launch(statics, prepared.qkv, prepared.operands, table)
+    if streamed:
+        assert sequence is not None
+        out = permute(out.reshape(batch, -1, heads, head_dim), _inverse(sequence))
+    return out.reshape(batch, height, width, heads, head_dim)

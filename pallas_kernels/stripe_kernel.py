@@ -3,20 +3,19 @@
     logits[q, k] = q . k / sqrt(D) + rel_h[q, row(k)] + rel_w[q, col(k)]
     out[q] = softmax over the layout's keys (logits[q, :]) @ v
 
-The bias is a low-rank product. Cut `rel_h` and `rel_w` into chunks of 16 coordinates: for keys
-whose rows lie in one chunk and whose columns lie in another (a spatial tile)
+Blocks of 64 tokens are tiles of 8 x 8 tokens of the feature map, with a stride of one or, in a
+stripe, two. The tensor memory accelerator (TMA) reads them as boxes of the raster map: no sequence
+is ever written to global memory. The 64 keys of a tile share 8 rows and 8 columns, so their bias is
+8 + 8 numbers a query, and sums of these are what the product q @ k^T accumulates onto. Sequences
+whose blocks are no tiles (ranked groups) come permuted, and their bias takes products of its own,
+`rel_h @ onehot(rows) + rel_w @ onehot(cols)`, over all coordinates in chunks of K = 16.
 
-    bias = rel_h[:, chunk] @ onehot(rows) + rel_w[:, chunk] @ onehot(cols),
-
-two K = 16 tensor-core products that accumulate onto q @ k^T. Keys that touch more chunks take more
-products, up to all of them where coordinates are only known at run time (ranked groups).
-
-An item of work is `num_warpgroups` query blocks of 64 of one head, each in its own warpgroup, over
-the same keys; one more warpgroup streams keys, values and one-hots in through TMA. Programs are
-persistent: the next item's queries and keys come in while an item ends. A warpgroup issues the
-logits of the next step together with the product of values of this one. Diagonal blocks are steps
-of their own, read by one warpgroup each. Design after FlashAttention-3 (Shah et al., arXiv
-2407.08608) and jax's `attention_mgpu`.
+An item of work is `num_warpgroups` query blocks of one head, each in its own warpgroup, over the
+same keys; one more warpgroup streams keys and values in. Programs are persistent: the next item's
+queries and keys come in while an item ends. A warpgroup issues the logits of the next step together
+with the product of values of this one, and warpgroups take turns in issuing, so that one multiplies
+while the others are at their softmax. Diagonal blocks are steps of their own, read by one warpgroup
+each. Design after FlashAttention-3 (Shah et al., arXiv 2407.08608) and jax's `attention_mgpu`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.block_layout import BlockLayout
-from pallas_kernels.key_side import BLOCK, CHUNK
+from pallas_kernels.boxes import as_box, buffer, split_head_dim
+from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, div_rem
 
 # Shared memory that one program may have on Hopper, less what its barriers take.
 SMEM_BYTES = 232448 - 2048
@@ -42,7 +42,7 @@ SMEM_BYTES = 232448 - 2048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Tiling of the kernel.
+    """How the kernel runs.
 
     Attributes:
         num_warpgroups: Query blocks in a program, one a warpgroup; at most `num_stages`.
@@ -57,59 +57,86 @@ class Config:
     num_stages: int
     num_programs: int = 132
 
-    def fits(self, head_dim: int, num_query_chunks: int, num_key_chunks: int) -> bool:
-        """Whether a warpgroup has the registers and a program the shared memory it takes."""
+    def fits(self, head_dim: int, query_bias_bytes: int, key_bias_bytes: int) -> bool:
+        """Whether a warpgroup has the registers and a program the shared memory it takes.
+
+        Args:
+            head_dim: Width D of a head.
+            query_bias_bytes: What the bias takes for every query block.
+            key_bias_bytes: What it takes for every key; 0 for tiles.
+        """
         # 160 registers a thread: ptxas spills past these and then serialises wgmma (C7512).
         few_registers = self.num_warpgroups == 3 and self.block_kv == 128
-        if few_registers and (head_dim > 64 or num_key_chunks > 2):
+        if few_registers and (head_dim > 64 or key_bias_bytes):
             return False
-        query = BLOCK * (2 * head_dim + num_query_chunks * CHUNK)
-        stage = self.block_kv * (2 * head_dim + num_key_chunks * CHUNK)
-        return 2 * (self.num_warpgroups * query + self.num_stages * stage) <= SMEM_BYTES
+        query = BLOCK * 4 * head_dim + query_bias_bytes
+        stage = self.block_kv * (4 * head_dim + key_bias_bytes)
+        return self.num_warpgroups * query + self.num_stages * stage <= SMEM_BYTES
 
 
-# The first that fits is taken: in the order of their speed, measured on an NVIDIA H200 at B8 N4096
-# H16 D64 bfloat16, density 0.3, before programs became persistent. TFLOP/s on computed blocks:
+# The first that fits is taken.
 CONFIGS = (
-    Config(num_warpgroups=3, block_kv=128, num_stages=3),  # 303 static tiles
-    Config(num_warpgroups=3, block_kv=64, num_stages=4),  # 292 static tiles, 254 ranked groups
-    Config(num_warpgroups=2, block_kv=128, num_stages=2),  # 274, 228
-    Config(num_warpgroups=2, block_kv=64, num_stages=2),  # 257, 211
+    Config(num_warpgroups=3, block_kv=128, num_stages=3),
+    Config(num_warpgroups=2, block_kv=128, num_stages=3),
+    Config(num_warpgroups=2, block_kv=128, num_stages=2),
+    Config(num_warpgroups=3, block_kv=64, num_stages=4),
+    Config(num_warpgroups=3, block_kv=64, num_stages=3),
+    Config(num_warpgroups=2, block_kv=64, num_stages=2),
 )
 
 
-class _Step(NamedTuple):
-    """A step of keys: place in the pipeline, place in the table, keys, what to add to logits."""
+class Operands(NamedTuple):
+    """The position bias as the kernel reads it, in the units of q . k.
 
-    index: Any
-    table: Any
-    row: Any
+    Attributes:
+        rel_h: Tiles: float32 [B H tiles, Gh, 64], the bias of key rows sorted by parity.
+            Sequences: [B, N / 8, 8, H, multiple of 16] as `Tiling.view` sees it, dtype of qkv.
+        rel_w: Tiles: [B H tiles, Gw / 16, 64, 16], key columns sorted by parity, dtype of qkv.
+            Sequences: like rel_h.
+        onehot: Tiles: None. Sequences: the keys' coordinates, [1 or B or B H, chunks, N, 16].
+    """
+
+    rel_h: Any
+    rel_w: Any
+    onehot: Any = None
+
+
+class _Step(NamedTuple):
+    """A step of keys: its stage, how many they are, and what to add to the logits."""
+
+    slot: Any
     keys: int
     mask: Any = None  # of a diagonal step only
 
 
 def _kernel(
-    q_gmem, k_gmem, v_gmem, rel_gmem, onehot_gmem, table_gmem, out_gmem,
-    q_smem, out_smem, rel_smem, k_smem, v_smem, onehot_smem,
-    q_ready, k_ready, v_ready, k_free, v_free, p_smem=None,
-    *, layout: BlockLayout, config: Config, scale: float, q_factor: float, num_blocks: int,
-    num_programs: int, streamed: bool,
+    qkv_gmem, operands, table_gmem, out_gmem,
+    *, q_smem, out_smem, k_smem, v_smem, rel_smem,
+    q_ready, k_ready, v_ready, k_free, v_free, turn,
+    onehot_smem=None, p_smem=None, statics,
 ):  # fmt: skip
-    _, _, num_heads, head_dim = q_gmem.shape
-    dtype = q_gmem.dtype
+    layout, config, tiling, streamed, num_heads, interpret = statics
+    head_dim, dtype = qkv_gmem.shape[-1], qkv_gmem.dtype
+    spans, start = [], 0
+    for chunk in split_head_dim(head_dim):
+        spans.append(pl.ds(start, chunk))
+        start += chunk
     num_wgs, num_stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
-    num_chunks = onehot_smem.shape[1]
-    whole_onehots = num_blocks == 1 and not streamed
-    num_full, tail = divmod(layout.num_bar_blocks, block_kv // BLOCK)
+    per_step = block_kv // BLOCK
+    num_full, tail = divmod(layout.num_bar_blocks, per_step)
     num_shared = num_full + bool(tail)
     num_steps = num_shared + (num_wgs if layout.diagonal else 0)  # of one item
+    batch_size = qkv_gmem.shape[0] // tiling.rows
+    own_blocks = num_shared * per_step  # where the table of each query block's own tile begins
+    scale = math.log2(math.e) / math.sqrt(head_dim)
     program, wg = lax.axis_index("program"), lax.axis_index("wg")
 
     # An item is `num_wgs` query blocks of one head. Those of a head with fewer query blocks left
     # come last: they fill the end of the launch.
-    num_heads_all = q_gmem.shape[0] * num_heads
+    num_heads_all = batch_size * num_heads
     per_head, rest = divmod(layout.num_q_blocks, num_wgs)
     num_items = num_heads_all * (per_head + bool(rest))
+    num_programs = min(config.num_programs, num_items)
     num_own_items = lax.div(num_items - 1 - program, num_programs) + 1
 
     def place(count):
@@ -122,63 +149,117 @@ def _kernel(
         tile = jnp.where(is_rest, per_head, lax.rem(item, max(per_head, 1)))
         return lax.div(head_index, num_heads), lax.rem(head_index, num_heads), tile * num_wgs
 
+    def entry(batch, column):
+        return table_gmem[batch if table_gmem.shape[0] > 1 else 0, column]
+
+    def boxes(gmem, batch, head, tile, span, smem, *slot):
+        """A tile of the map [B rows, stride, columns, stride H, C] and the 64 rows it fills."""
+        row, row_parity, col, col_parity = tiling.corner(tile)
+        row += batch * tiling.rows
+        head += col_parity * (gmem.shape[3] // tiling.stride)
+        if interpret:  # has no reshaped references
+            for r in range(SIDE):
+                source = gmem.at[row + r, row_parity, pl.ds(col, SIDE), head, span]
+                *outer, rows = slot
+                yield source, smem.at[*outer, pl.ds(rows.start + r * SIDE, SIDE)]
+        else:
+            source = gmem.at[pl.ds(row, SIDE), row_parity, pl.ds(col, SIDE), head, span]
+            yield source, as_box(smem, slot, (SIDE, SIDE))
+
+    def load_block(which, batch, head, tile, smem, slot, part, ready):
+        head += which * num_heads
+        for chunk, span in zip(smem, spans, strict=True):
+            rows = pl.ds(part * BLOCK, BLOCK)
+            for source, target in boxes(qkv_gmem, batch, head, tile, span, chunk, slot, rows):
+                plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
+
     @pl.when(wg < num_wgs)
     def _compute():
         plgpu.set_max_registers(160 if num_wgs == 3 else 232, action="increase")
-        own_q, own_out = q_smem.at[wg], out_smem.at[wg]
-        num_parts = len(rel_gmem) // 2  # 2: the bias as high + low
 
-        def load_queries(count):
+        def query_block(count):
             batch, head, first_block = place(count)
             block = jnp.minimum(first_block + wg, layout.num_q_blocks - 1)
-            rows = pl.ds(block * BLOCK, BLOCK)
-            plgpu.copy_gmem_to_smem(q_gmem.at[batch, rows, head], own_q, q_ready.at[wg])
-            chunk = 0
-            for rel in rel_gmem:
-                for start in range(0, rel.shape[-1], CHUNK):
-                    source = rel.at[batch, rows, head, pl.ds(start, CHUNK)]
-                    plgpu.copy_gmem_to_smem(source, rel_smem.at[wg, chunk], q_ready.at[wg])
-                    chunk += 1
+            return batch, head, block, entry(batch, own_blocks + block)
 
-        def release(free, step):
-            plgpu.barrier_arrive(free.at[lax.rem(step.index, num_stages)])
-
-        def issue_logits(s_ref, step):
-            slot = lax.rem(step.index, num_stages)
-            keys = pl.ds(0, step.keys)
-            chunks = range(num_chunks)
+        def load_queries(count):
+            batch, head, _, tile = query_block(count)
+            load_block(0, batch, head, tile, q_smem, wg, 0, q_ready)
+            rel = (operands.rel_h, operands.rel_w)
             if not streamed:
-                chunks = [table_gmem[step.table, step.row, num_blocks + 1 + c] for c in chunks]
-            plgpu.barrier_wait(k_ready.at[slot])
-            plgpu.wgmma(s_ref, own_q, k_smem.at[slot, keys].transpose((1, 0)))
-            for c, chunk in enumerate(chunks):
-                onehot = onehot_smem.at[slot, c, keys].transpose((1, 0))
-                for part in range(num_parts):
-                    offset = part * (rel_smem.shape[1] // num_parts)
-                    plgpu.wgmma(s_ref, rel_smem.at[wg, offset + chunk], onehot)
+                own = (batch * num_heads + head) * tiling.num_tiles + tile
+                for source, smem in zip(rel, rel_smem, strict=True):
+                    plgpu.copy_gmem_to_smem(source.at[own], smem.at[wg], q_ready.at[wg])
+                return
+            for gmem, smem in zip(rel, rel_smem, strict=True):
+                for c in range(smem.shape[1]):
+                    span, rows = pl.ds(c * CHUNK, CHUNK), pl.ds(0, BLOCK)
+                    for source, target in boxes(gmem, batch, head, tile, span, smem, wg, c, rows):
+                        plgpu.copy_gmem_to_smem(source, target, q_ready.at[wg])
 
-        def issue_values(out_ref, p, out, step):
-            slot = lax.rem(step.index, num_stages)
-            own_v = v_smem.at[slot, pl.ds(0, step.keys)]
-            plgpu.barrier_wait(v_ready.at[slot])
-            # Interpret mode knows no operand in registers and cannot write an accumulator.
+        def step_tiles(batch, i):
+            """A step's tiles: asked for a step ahead, since a load from global memory is slow."""
+            return tuple(entry(batch, i * per_step + part) for part in range(per_step))
+
+        def tile_bias(tile):
+            """The bias of 8 keys at a time, [64, 8]: of every row of the tile."""
+            row, col = tiling.coordinates(tile)
+            chunk, half = div_rem(col, CHUNK // SIDE)
+            # pyright reads jax 0.10, where an index had to be given.
+            by_col = rel_smem[1].at[wg, chunk, :, pl.ds(half * SIDE, SIDE)]
+            by_col = plgpu.load(by_col, layout=plgpu.Layout.WGMMA, optimized=False)  # pyright: ignore
+            by_col = by_col.astype(jnp.float32)
+            for r in range(SIDE):
+                by_row = rel_smem[0].at[wg, row * SIDE + r]
+                layout_1d = plgpu.Layout.WGMMA.reduce(1)
+                by_row = plgpu.load(by_row, layout=layout_1d, optimized=False)  # pyright: ignore
+                yield by_col + lax.broadcast_in_dim(by_row, by_col.shape, [0])
+
+        def issue_logits(s_ref, step, tiles):
+            """Issue q @ k^T + bias; what is left to add to it is returned."""
+            keys = pl.ds(0, step.keys)
+            bias = None
+            if not streamed:
+                parts = [x for tile in tiles[: step.keys // BLOCK] for x in tile_bias(tile)]
+                bias = jnp.concatenate(parts, axis=1)
+                if not interpret:  # which cannot write an accumulator
+                    s_ref[...] = bias
+            plgpu.barrier_wait(turn.at[wg])
+            for q_chunk, k_chunk in zip(q_smem, k_smem, strict=True):
+                plgpu.wgmma(s_ref, q_chunk.at[wg], k_chunk.at[step.slot, keys].transpose((1, 0)))
+            if streamed:
+                chunks = [smem.at[wg, c] for smem in rel_smem for c in range(smem.shape[1])]
+                for c, rel in enumerate(chunks):
+                    onehot = onehot_smem.at[step.slot, c, keys].transpose((1, 0))
+                    plgpu.wgmma(s_ref, rel, onehot)
+            return bias if interpret else None
+
+        def issue_values(out_refs, p, out, step):
+            keys = pl.ds(0, step.keys)
+            plgpu.barrier_wait(v_ready.at[step.slot])
+            for i, v_chunk in enumerate(v_smem):
+                own_v = v_chunk.at[step.slot, keys]
+                # Interpret mode knows no operand in registers and cannot write an accumulator.
+                if p_smem is not None:
+                    own_p = p_smem.at[wg, :, keys]
+                    own_p[...] = p
+                    plgpu.wgmma(out_refs[i], own_p, own_v)
+                else:
+                    out_refs[i][...] = out[i]
+                    plgpu.wgmma(out_refs[i], p, own_v)
             if p_smem is not None:
-                own_p = p_smem.at[wg, :, pl.ds(0, step.keys)]
-                own_p[...] = p
-                plgpu.wgmma(out_ref, own_p, own_v)
-                return out + out_ref[...]
-            out_ref[...] = out
-            plgpu.wgmma(out_ref, p, own_v)
+                return [x + ref[...] for x, ref in zip(out, out_refs, strict=True)]
             return None
 
-        def await_values(out_ref, issued, step):
+        def await_values(out_refs, issued, step):
             # The barrier ties the uses to the wait: the compiler sees no dependence between them.
-            out = lax.optimization_barrier(out_ref[...]) if issued is None else issued
-            release(v_free, step)
-            return out
+            if issued is None:
+                issued = [lax.optimization_barrier(ref[...]) for ref in out_refs]
+            plgpu.barrier_arrive(v_free.at[step.slot])
+            return issued
 
         def softmax(s, m, l, step):  # s [64, keys], m [64], l [64, 8]
-            release(k_free, step)
+            plgpu.barrier_arrive(k_free.at[step.slot])
             if step.mask is not None:
                 s = s + step.mask
             m_next = jnp.maximum(m, s.max(axis=1) * scale)
@@ -190,166 +271,188 @@ def _kernel(
                 l = l + p[:, start : start + 8]
             return p, m_next, l, alpha
 
-        def first(step):
+        def end_turn():
+            plgpu.barrier_arrive(turn.at[lax.rem(wg + 1, num_wgs)])
+
+        def first(step, tiles):
             def products(s_ref):
-                issue_logits(s_ref, step)
-                return s_ref[...]
+                plgpu.barrier_wait(k_ready.at[step.slot])
+                rest = issue_logits(s_ref, step, tiles)
+                end_turn()
+                return s_ref[...] if rest is None else s_ref[...] + rest
 
             s = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef((BLOCK, step.keys), jnp.float32))
             layout_2d, layout_1d = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
             m = plgpu.layout_cast(jnp.full((BLOCK,), -jnp.inf, jnp.float32), layout_1d)
             l = plgpu.layout_cast(jnp.zeros((BLOCK, 8), jnp.float32), layout_2d)
-            out = plgpu.layout_cast(jnp.zeros((BLOCK, head_dim), jnp.float32), layout_2d)
+            out = [
+                plgpu.layout_cast(jnp.zeros((BLOCK, chunk), jnp.float32), layout_2d)
+                for chunk in split_head_dim(head_dim)
+            ]
             p, m, l, _ = softmax(s, m, l, step)
             return p.astype(dtype), m, l, out
 
-        def advance(carry, previous, step):
+        def accumulators(*widths):
+            return [plgpu.WGMMAAccumulatorRef((BLOCK, n), jnp.float32) for n in widths]
+
+        def advance(carry, previous, step, tiles):
             """Issue the logits of `step` and the values of `previous`, then `step`'s softmax."""
             p, m, l, out = carry
 
-            def products(s_ref, out_ref):
-                issue_logits(s_ref, step)
-                issued = issue_values(out_ref, p, out, previous)
-                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+            def products(s_ref, *out_refs):
+                plgpu.barrier_wait(k_ready.at[step.slot])
+                rest = issue_logits(s_ref, step, tiles)
+                issued = issue_values(out_refs, p, out, previous)
+                end_turn()
+                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=len(out_refs))
+                s = s if rest is None else s + rest
                 p_next, m_next, l_next, alpha = softmax(s, m, l, step)
-                total = await_values(out_ref, issued, previous)
-                total = total * lax.broadcast_in_dim(alpha, out.shape, [0])
+                total = await_values(out_refs, issued, previous)
+                total = [x * lax.broadcast_in_dim(alpha, x.shape, [0]) for x in total]
                 return p_next.astype(dtype), m_next, l_next, total
 
-            accumulators = [
-                plgpu.WGMMAAccumulatorRef((BLOCK, n), jnp.float32) for n in (step.keys, head_dim)
-            ]
-            return pl.run_scoped(products, *accumulators)
+            widths = (step.keys, *split_head_dim(head_dim))
+            return pl.run_scoped(products, *accumulators(*widths))
 
         def attend(count):
-            batch, head, first_block = place(count)
-            table = batch if table_gmem.shape[0] > 1 else 0
-            block = jnp.minimum(first_block + wg, layout.num_q_blocks - 1)
-            base = count * num_steps
+            batch, head, block, own_tile = query_block(count)
+            base = lax.rem(count * num_steps, num_stages)
 
-            def full_step(i):
-                return _Step(base + i, table, i, block_kv)
+            def slot_of(step):
+                return lax.rem(base + step, num_stages)
 
-            last_steps = [_Step(base + num_full, table, num_full, BLOCK)] if tail else []
+            def full_step(i, state):
+                carry, slot, tiles = state
+                step = _Step(jnp.where(slot == num_stages - 1, 0, slot + 1), block_kv)
+                next_tiles = step_tiles(batch, jnp.minimum(i + 1, num_full - 1))
+                carry = advance(carry, _Step(slot, block_kv), step, tiles)
+                return carry, step.slot, next_tiles
+
+            last_steps = []
+            if tail:
+                step = _Step(slot_of(num_full), BLOCK)
+                last_steps.append((step, step_tiles(batch, num_full)))
             if layout.diagonal:
-                row = num_shared + block
-                in_bar = table_gmem[table, row, num_blocks] == 1
+                in_bar = entry(batch, own_blocks + layout.num_q_blocks + block) == 1
                 mask = jnp.where(in_bar, -jnp.inf, 0.0)
-                last_steps.append(_Step(base + num_shared + wg, table, row, BLOCK, mask))
+                last_steps.append((_Step(slot_of(num_shared + wg), BLOCK, mask), (own_tile,)))
             if num_full:
-                carry = lax.fori_loop(
-                    1,
-                    num_full,
-                    lambda i, carry: advance(carry, full_step(i - 1), full_step(i)),
-                    first(full_step(0)),
-                )
-                previous = full_step(num_full - 1)
+                carry = first(_Step(base, block_kv), step_tiles(batch, 0))
+                state = (carry, base, step_tiles(batch, min(1, num_full - 1)))
+                carry, slot, _ = lax.fori_loop(1, num_full, full_step, state)
+                previous = _Step(slot, block_kv)
             else:
-                previous, *last_steps = last_steps
-                carry = first(previous)
-            for step in last_steps:
-                carry = advance(carry, previous, step)
+                (previous, tiles), *last_steps = last_steps
+                carry = first(previous, tiles)
+            for step, tiles in last_steps:
+                carry = advance(carry, previous, step, tiles)
                 previous = step
 
             for w in range(num_wgs if layout.diagonal else 0):
 
                 @pl.when(wg != w)
                 def _others_diagonal(w=w):
-                    slot = lax.rem(base + num_shared + w, num_stages)
+                    slot = slot_of(num_shared + w)
                     for ready, free in ((k_ready, k_free), (v_ready, v_free)):
                         plgpu.barrier_wait(ready.at[slot])
                         plgpu.barrier_arrive(free.at[slot])
 
             # All logits are there: the next item's queries come in beside the rest of this one.
-            @pl.when(count + 1 < num_own_items)
-            def _next():
-                load_queries(count + 1)
+            pl.when(count + 1 < num_own_items)(lambda: load_queries(count + 1))
 
             p, _, l, out = carry
 
-            def last_product(out_ref):
-                return await_values(out_ref, issue_values(out_ref, p, out, previous), previous)
+            def last_product(*out_refs):
+                return await_values(out_refs, issue_values(out_refs, p, out, previous), previous)
 
-            out = pl.run_scoped(
-                last_product, plgpu.WGMMAAccumulatorRef((BLOCK, head_dim), jnp.float32)
-            )
-            out = out * lax.broadcast_in_dim(1.0 / l.sum(axis=1), out.shape, [0])
+            out = pl.run_scoped(last_product, *accumulators(*split_head_dim(head_dim)))
+            inverse = 1.0 / l.sum(axis=1)
             plgpu.wait_smem_to_gmem(0)
-            own_out[...] = out.astype(dtype)
+            for x, chunk in zip(out, out_smem, strict=True):
+                own = x * lax.broadcast_in_dim(inverse, x.shape, [0])
+                chunk.at[wg][...] = own.astype(dtype)
             plgpu.commit_smem()
+            rows = pl.ds(0, BLOCK)
+            for chunk, span in zip(out_smem, spans, strict=True):
+                for target, source in boxes(out_gmem, batch, head, own_tile, span, chunk, wg, rows):
+                    plgpu.copy_smem_to_gmem(source, target)
 
-            @pl.when(first_block + wg < layout.num_q_blocks)
-            def _store():
-                rows = pl.ds(block * BLOCK, BLOCK)
-                plgpu.copy_smem_to_gmem(own_out, out_gmem.at[batch, rows, head])
+        def sit_out(count):
+            """Keep pace with the others through an item that has no query block for this one."""
+            base = lax.rem(count * num_steps, num_stages)
+
+            @pl.loop(0, num_steps)
+            def _step(i):
+                slot = lax.rem(base + i, num_stages)
+                for ready, free in ((k_ready, k_free), (v_ready, v_free)):
+                    plgpu.barrier_wait(ready.at[slot])
+                    plgpu.barrier_arrive(free.at[slot])
+
+                @pl.when(i < num_shared + layout.diagonal)
+                def _turn():
+                    plgpu.barrier_wait(turn.at[wg])
+                    end_turn()
+
+            pl.when(count + 1 < num_own_items)(lambda: load_queries(count + 1))
 
         load_queries(0)
+        pl.when(wg == num_wgs - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
 
         @pl.loop(0, num_own_items)
         def _item(count):
             plgpu.barrier_wait(q_ready.at[wg])
-            if q_factor != 1:
-                scaled = plgpu.load(own_q, (), layout=plgpu.Layout.WGMMA, optimized=False)
-                own_q[...] = (scaled.astype(jnp.float32) * q_factor).astype(dtype)
-                plgpu.commit_smem()
-            attend(count)
+            if not rest:
+                attend(count)
+                return
+            has_block = place(count)[2] + wg < layout.num_q_blocks
+            pl.when(has_block)(lambda: attend(count))
+            pl.when(jnp.logical_not(has_block))(lambda: sit_out(count))
 
         plgpu.wait_smem_to_gmem(0)
+        # Every completion of a barrier is seen, also the last.
+        pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
     @pl.when(wg == num_wgs)
     def _load():
         plgpu.set_max_registers(32 if num_wgs == 3 else 40, action="decrease")
 
-        def load(batch, head, step, row, keys):
+        def load(batch, head, step, tiles):
             slot = lax.rem(step, num_stages)
-            table = batch if table_gmem.shape[0] > 1 else 0
-            own_onehots = {1: 0, q_gmem.shape[0]: batch}
-            onehot_index = own_onehots.get(onehot_gmem.shape[0], batch * num_heads + head)
-            # A ranked step of 64 keys loads its second block too: all make the same arrivals.
-            size = keys if num_blocks == 1 else BLOCK
-            parts = []
-            for part in range(num_blocks):
-                block = table_gmem[table, row, part]
-                parts.append((part, pl.ds(block * BLOCK, size), pl.ds(part * BLOCK, size)))
 
-            @pl.when(step >= num_stages)
-            def _k_free():
-                plgpu.barrier_wait(k_free.at[slot])
+            def wait(free):
+                pl.when(step >= num_stages)(lambda: plgpu.barrier_wait(free.at[slot]))
 
-            for part, source, keys in parts:
-                own_k = k_gmem.at[batch, source, head]
-                plgpu.copy_gmem_to_smem(own_k, k_smem.at[slot, keys], k_ready.at[slot])
+            wait(k_free)
+            for part, tile in enumerate(tiles):
+                load_block(1, batch, head, tile, k_smem, slot, part, k_ready)
                 if streamed:
-                    own_onehot = onehot_gmem.at[onehot_index]
-                else:
-                    column = num_blocks + 1 + num_chunks + part
-                    own_onehot = onehot_gmem.at[table_gmem[table, row, column]]
-                if whole_onehots:
-                    plgpu.copy_gmem_to_smem(own_onehot, onehot_smem.at[slot], k_ready.at[slot])
-                    continue
-                for c in range(num_chunks):  # apart, since a copy must fill contiguous memory
-                    own_chunk = own_onehot.at[c, source] if streamed else own_onehot.at[c]
-                    own_smem = onehot_smem.at[slot, c, keys]
-                    plgpu.copy_gmem_to_smem(own_chunk, own_smem, k_ready.at[slot])
+                    own_index = {1: 0, batch_size: batch}
+                    index = own_index.get(operands.onehot.shape[0], batch * num_heads + head)
+                    rows = pl.ds(part * BLOCK, BLOCK)
+                    keys = pl.ds(tile * BLOCK, BLOCK)
+                    for c in range(operands.onehot.shape[1]):
+                        source = operands.onehot.at[index, c, keys]
+                        target = onehot_smem.at[slot, c, rows]
+                        plgpu.copy_gmem_to_smem(source, target, k_ready.at[slot])
+            wait(v_free)
+            for part, tile in enumerate(tiles):
+                load_block(2, batch, head, tile, v_smem, slot, part, v_ready)
 
-            @pl.when(step >= num_stages)
-            def _v_free():
-                plgpu.barrier_wait(v_free.at[slot])
-
-            for _, source, keys in parts:
-                own_v = v_gmem.at[batch, source, head]
-                plgpu.copy_gmem_to_smem(own_v, v_smem.at[slot, keys], v_ready.at[slot])
-
-        @pl.loop(0, num_own_items)  # pyright: ignore[reportCallIssue]
+        @pl.loop(0, num_own_items)
         def _item(count):
             batch, head, first_block = place(count)
             base = count * num_steps
-            pl.loop(0, num_full)(lambda i: load(batch, head, base + i, i, block_kv))
-            if tail:
-                load(batch, head, base + num_full, num_full, BLOCK)
+
+            @pl.loop(0, num_shared)
+            def _shared(i):
+                # The tail's second tile repeats its first: every step makes the same arrivals.
+                tiles = [entry(batch, i * per_step + part) for part in range(per_step)]
+                load(batch, head, base + i, tiles)
+
             for w in range(num_wgs if layout.diagonal else 0):
-                row = num_shared + jnp.minimum(first_block + w, layout.num_q_blocks - 1)
-                load(batch, head, base + num_shared + w, row, BLOCK)
+                block = jnp.minimum(first_block + w, layout.num_q_blocks - 1)
+                tiles = [entry(batch, own_blocks + block)] * per_step
+                load(batch, head, base + num_shared + w, tiles)
 
         @pl.loop(0, jnp.minimum(num_own_items * num_steps, num_stages))
         def _finish(slot):  # every completion of a barrier is seen, also the last
@@ -362,91 +465,79 @@ class Statics(NamedTuple):
 
     Attributes:
         layout: The block layout.
-        config: The tiling.
-        num_blocks: Copies a step, as `key_side.KeySide` says.
-        streamed: Whether the one-hots cover all keys, likewise.
-        bias_factor: What the one-hots hold in place of one, a power of two near sqrt(head_dim):
-            q . k then takes little or no scaling to meet the bias.
+        config: How the kernel runs.
+        tiling: Which tokens make a block.
+        streamed: Whether the one-hots are those of a sequence.
+        num_heads: Heads H.
         interpret: False, or parameters of Mosaic GPU's interpret mode.
     """
 
     layout: BlockLayout
     config: Config
-    num_blocks: int
+    tiling: Tiling
     streamed: bool
-    bias_factor: float
+    num_heads: int
     interpret: Any
 
 
+# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
+@functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def launch(
-    statics: Statics,
-    q: Array,
-    k: Array,
-    v: Array,
-    rel: tuple[Array, ...],
-    onehot: Array,
-    table: Array,
-) -> Array:
+def launch(statics: Statics, qkv: Array, operands: Operands, table: Array) -> Array:
     """Run the kernel.
 
     Args:
         statics: What is known when the launch is traced.
-        q: Queries [B, N, H, D], 16-bit floats, as are k, v, rel and onehot.
-        k: Keys [B, N, H, D].
-        v: Values [B, N, H, D].
-        rel: The query side of the bias, rows and columns [B, N, H, multiple of 16]; then, if the
-            bias has a second 16-bit part, that part's rows and columns.
-        onehot: `KeySide.onehot` times `bias_factor`.
-        table: `KeySide.table`.
+        qkv: [B, Gh, Gw, 3 H, D] as `Tiling.view` sees it, 16-bit floats: q of all heads, k, v.
+        operands: The position bias.
+        table: `tiles.step_table`, int32.
 
     Returns:
-        Attention's output [B, N, H, D].
+        Attention's output [B, Gh, Gw, H, D], as `Tiling.view` sees it.
     """
-    layout, config, num_blocks, streamed, bias_factor, interpret = statics
-    batch, _, num_heads, head_dim = q.shape
+    layout, config, tiling, streamed, num_heads, interpret = statics
     num_wgs, num_stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
-
-    def buffer(*shape: int) -> Any:
-        swizzle = next(s for s in (128, 64, 32) if shape[-1] * 2 % s == 0)
-        tiling = plgpu.TilingTransform((8, swizzle // 2))  # pyright: ignore[reportAbstractUsage]
-        transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
-        return plgpu.SMEM(shape, q.dtype, transforms=transforms)
-
-    scratch = {"p_smem": plgpu.SMEM((num_wgs, BLOCK, block_kv), q.dtype)} if interpret else {}
-    num_query_chunks = sum(x.shape[-1] for x in rel) // CHUNK
-    num_onehot_copies = 1 if num_blocks == 1 and not streamed else onehot.shape[1]
-    num_items = -(-layout.num_q_blocks // num_wgs) * num_heads * batch
-    num_programs = min(config.num_programs, num_items)
+    batch_size, chunks = qkv.shape[0] // tiling.rows, split_head_dim(qkv.shape[-1])
+    out_shape = (*qkv.shape[:3], tiling.stride * num_heads, qkv.shape[-1])
+    num_items = -(-layout.num_q_blocks // num_wgs) * num_heads * batch_size
+    copies = SIDE if interpret else 1  # that a box takes
+    key_arrivals = block_kv // BLOCK * len(chunks) * copies
+    scratch: dict[str, Any] = {}
+    if streamed:
+        chunks_of = [x.shape[-1] // CHUNK for x in (operands.rel_h, operands.rel_w)]
+        rel_smem = [buffer(qkv.dtype, num_wgs, c, BLOCK, CHUNK) for c in chunks_of]
+        num_chunks = sum(chunks_of)
+        scratch["onehot_smem"] = buffer(qkv.dtype, num_stages, num_chunks, block_kv, CHUNK)
+        query_bias_arrivals = num_chunks * copies
+        key_bias_arrivals = num_chunks * block_kv // BLOCK
+    else:
+        rel = (operands.rel_h, operands.rel_w)
+        rel_smem = [plgpu.SMEM((num_wgs, *x.shape[1:]), x.dtype) for x in rel]
+        query_bias_arrivals, key_bias_arrivals = len(rel), 0
+    if interpret:
+        scratch["p_smem"] = plgpu.SMEM((num_wgs, BLOCK, block_kv), qkv.dtype)
     kernel = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            layout=layout,
-            config=config,
-            scale=math.log2(math.e) / bias_factor,
-            q_factor=bias_factor / math.sqrt(head_dim),
-            num_blocks=num_blocks,
-            num_programs=num_programs,
-            streamed=streamed,
-        ),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        functools.partial(_kernel, statics=statics),
+        out_type=jax.ShapeDtypeStruct(out_shape, qkv.dtype),
         scratch_types=scratch
         | dict(
-            q_smem=buffer(num_wgs, BLOCK, head_dim),
-            out_smem=buffer(num_wgs, BLOCK, head_dim),
-            rel_smem=buffer(num_wgs, num_query_chunks, BLOCK, CHUNK),
-            k_smem=buffer(num_stages, block_kv, head_dim),
-            v_smem=buffer(num_stages, block_kv, head_dim),
-            onehot_smem=buffer(num_stages, onehot.shape[1], block_kv, CHUNK),
-            q_ready=plgpu.Barrier(num_barriers=num_wgs, num_arrivals=1 + num_query_chunks),
-            k_ready=plgpu.Barrier(
-                num_barriers=num_stages, num_arrivals=num_blocks * (1 + num_onehot_copies)
+            q_smem=[buffer(qkv.dtype, num_wgs, BLOCK, chunk) for chunk in chunks],
+            out_smem=[buffer(qkv.dtype, num_wgs, BLOCK, chunk) for chunk in chunks],
+            k_smem=[buffer(qkv.dtype, num_stages, block_kv, chunk) for chunk in chunks],
+            v_smem=[buffer(qkv.dtype, num_stages, block_kv, chunk) for chunk in chunks],
+            rel_smem=rel_smem,
+            q_ready=plgpu.Barrier(
+                num_barriers=num_wgs, num_arrivals=len(chunks) * copies + query_bias_arrivals
             ),
-            v_ready=plgpu.Barrier(num_barriers=num_stages, num_arrivals=num_blocks),
+            k_ready=plgpu.Barrier(
+                num_barriers=num_stages, num_arrivals=key_arrivals + key_bias_arrivals
+            ),
+            v_ready=plgpu.Barrier(num_barriers=num_stages, num_arrivals=key_arrivals),
             k_free=plgpu.Barrier(num_barriers=num_stages, num_arrivals=num_wgs),
             v_free=plgpu.Barrier(num_barriers=num_stages, num_arrivals=num_wgs),
+            turn=plgpu.Barrier(num_barriers=num_wgs),
         ),
-        grid=(num_programs,),
+        grid=(min(config.num_programs, num_items),),
         grid_names=("program",),
         num_threads=num_wgs + 1,
         thread_name="wg",
@@ -456,10 +547,10 @@ def launch(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
     )
-    return kernel(q, k, v, rel, onehot, table)
+    return kernel(qkv, operands, table)
 
 
-@launch.defjvp
+@launch.__wrapped__.defjvp
 def _no_gradient(*_: Any) -> Any:
     raise NotImplementedError(
         'stripe_attention with implementation="mosaic_gpu" has no gradient; '

@@ -6,11 +6,11 @@ The public function, which runs as plain XLA (`reference`) or as the Mosaic GPU 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
@@ -22,25 +22,11 @@ HEAD_DIMS = (64, 80)
 WINDOW_SIZES = range(7, 17)
 
 
-def _halves(x: Array, dtype: Any) -> tuple[Array, Array]:
-    """A float32 x as high + low in `dtype`: what is lost is beyond twice its precision."""
-    # Not x.astype(dtype): within a jitted function XLA may keep the digits that this drops.
-    info = jnp.finfo(dtype)
-    high = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
-    return high.astype(dtype), (x - high).astype(dtype)
-
-
-def _one_hots(window_size: int, num_keys: int, head_dim: int, dtype: Any) -> np.ndarray:
-    """sqrt(D) E_h and sqrt(D) E_w, transposed, then their low halves if they are not zero.
-
-    Shape [2 or 4, num_keys, REL].
-    """
+def _one_hots(window_size: int, num_keys: int) -> np.ndarray:
+    """E_h and E_w, transposed: [2, num_keys, REL]."""
     key, i = np.arange(num_keys)[:, None], np.arange(REL)
     places = np.stack([key // window_size, key % window_size])
-    one_hot = (places == i) & (key < window_size**2)
-    high = np.sqrt(np.float64(head_dim)).astype(dtype)
-    low = (np.sqrt(np.float64(head_dim)) - np.float64(high)).astype(dtype)
-    return np.concatenate([one_hot * half for half in (high, low) if half])
+    return (places == i) & (key < window_size**2)
 
 
 def _keep(order: Any, bar_len: int) -> Array | np.ndarray:
@@ -56,11 +42,9 @@ def _keep(order: Any, bar_len: int) -> Array | np.ndarray:
 
 
 def mosaic_window_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    rel_h: Array,
-    rel_w: Array,
+    qkv: Array,
+    rel_pos_h: Array,
+    rel_pos_w: Array,
     *,
     window_size: int,
     layout: BlockLayout | None = None,
@@ -69,52 +53,42 @@ def mosaic_window_attention(
     interpret: Any = False,
 ) -> Array:
     """The kernel on checked arguments; `config` and `interpret` are for tests and tuning."""
-    head_dim, dtype = q.shape[4], q.dtype
+    batch, height, width, _, heads, head_dim = qkv.shape
     geometry = Geometry.of(window_size, head_dim)
-    one_hot = _one_hots(window_size, geometry.num_keys, head_dim, dtype)
-    factors = [(axis, e) for axis in (0, 1) for e in range(axis, len(one_hot), 2)]
-    rel = [rel_h, rel_w]
-    if jnp.float32 in (rel_h.dtype, rel_w.dtype):
-        halves = [_halves(x.astype(jnp.float32), dtype) for x in rel]
-        rel = [half[level] for level in (0, 1) for half in halves]
-        factors += [(2, 0), (3, 1)]
-    # The TMA begins a box at a whole multiple of 16 bytes: at every head's first column.
-    rel = [jnp.pad(x, ((0, 0),) * 4 + ((0, REL - x.shape[4]),)) for x in rel]
+    one_hot = jnp.asarray(_one_hots(window_size, geometry.num_keys), qkv.dtype)
+    # Whole boxes for the TMA, which begins them at multiples of 16 bytes.
+    tables = (jnp.pad(x, ((0, 0), (0, REL - window_size), (0, 0))) for x in (rel_pos_h, rel_pos_w))
+    rel = reference.relative_position(qkv[:, :, :, 0], *tables)
+    root = math.sqrt(head_dim)  # in the units of q . k, which the softmax scales
+    rel_h, rel_w = ((x * root).astype(qkv.dtype) for x in rel)
     if layout is None or layout.is_dense:
         sparse, keep = False, np.zeros((1, 1, 1, 256), np.float32)
     else:
         sparse, keep = True, _keep(order, layout.bar_len)
     for candidate in CONFIGS if config is None else (config,):
         config = candidate
-        if geometry.smem_bytes(config, len(rel), len(one_hot)) <= SMEM_BYTES:
+        if geometry.smem_bytes(config) <= SMEM_BYTES:
             break
     assert config is not None
-    statics = Statics(window_size, geometry, tuple(factors), sparse, config, interpret)
-    return launch(statics, q, k, v, tuple(rel), jnp.asarray(one_hot), jnp.asarray(keep))
+    statics = Statics(window_size, geometry, sparse, heads, config, interpret)
+    flat = qkv.reshape(batch, height, width, 3 * heads, head_dim)
+    return launch(statics, flat, (rel_h, rel_w), one_hot, jnp.asarray(keep))
 
 
 def _check(
-    q: Array,
-    k: Array,
-    v: Array,
-    rel: tuple[Array, Array],
-    w: int,
-    layout: Any,
-    order: Any,
+    qkv: Array, rel_pos: tuple[Array, Array], w: int, layout: BlockLayout | None, order: Any
 ) -> None:
-    if q.ndim != 5 or q.shape != k.shape or q.shape != v.shape:
-        raise ValueError(
-            f"q, k and v must have one shape [B, Gh, Gw, H, D], got {q.shape}, {k.shape}, {v.shape}"
-        )
-    for name, x in zip(("rel_h", "rel_w"), rel, strict=True):
-        if x.shape not in ((*q.shape[:4], w), (*q.shape[:4], max(w, REL))):
-            expected = f"{q.shape[:4]} + ({w},), the last padded to {REL} or not"
-            raise ValueError(f"{name} must have shape {expected}, got {x.shape}")
+    if qkv.ndim != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must have shape [B, Gh, Gw, 3, H, D], got {qkv.shape}")
+    batch, height, width, _, num_heads, head_dim = qkv.shape
+    for name, x, side in zip(("rel_pos_h", "rel_pos_w"), rel_pos, (height, width), strict=True):
+        if x.shape != (side, w, head_dim) or x.dtype != qkv.dtype:
+            expected = f"shape {(side, w, head_dim)} and dtype {qkv.dtype}"
+            raise ValueError(f"{name} must have {expected}, got {x.shape} and {x.dtype}")
     if layout is None or layout.is_dense:
         return
     if layout.seq_len != w * w or layout.diagonal:
         raise ValueError(f"layout must be BlockLayout.bar({w * w}, density), got {layout}")
-    batch, height, width, num_heads, _ = q.shape
     windows = -(-height // w) * -(-width // w)
     shapes = [(*lead, w * w) for lead in ((), (batch, windows), (batch, windows, num_heads))]
     if order is None or order.shape not in shapes:
@@ -122,30 +96,22 @@ def _check(
         raise ValueError(f"order must have one of the shapes {shapes} with a bar, got {got}")
 
 
-def _problems(
-    q: Array, k: Array, v: Array, rel: tuple[Array, Array], window_size: int
-) -> list[str]:
+def _problems(qkv: Array, window_size: int) -> list[str]:
     """What the kernel does not support about these arguments."""
     problems = []
-    dtypes = {str(x.dtype) for x in (q, k, v)}
-    if len(dtypes) > 1 or q.dtype not in (jnp.bfloat16, jnp.float16):
-        problems.append(f"q, k and v must be all bfloat16 or all float16, got {sorted(dtypes)}")
-    for name, x in zip(("rel_h", "rel_w"), rel, strict=True):
-        if x.dtype not in (q.dtype, jnp.float32):
-            problems.append(f"{name} must have the dtype of q or float32, got {x.dtype}")
-    if q.shape[4] not in HEAD_DIMS:
-        problems.append(f"head_dim must be one of {HEAD_DIMS}, got {q.shape[4]}")
+    if qkv.dtype not in (jnp.bfloat16, jnp.float16):
+        problems.append(f"qkv must be bfloat16 or float16, got {qkv.dtype}")
+    if qkv.shape[5] not in HEAD_DIMS:
+        problems.append(f"head_dim must be one of {HEAD_DIMS}, got {qkv.shape[5]}")
     if window_size not in WINDOW_SIZES:
         problems.append(f"window_size must lie in 7 to 16, got {window_size}")
     return problems
 
 
 def window_attention(
-    q: Float[Array, "B Gh Gw H D"],
-    k: Float[Array, "B Gh Gw H D"],
-    v: Float[Array, "B Gh Gw H D"],
-    rel_h: Float[Array, "B Gh Gw H w"],
-    rel_w: Float[Array, "B Gh Gw H w"],
+    qkv: Float[Array, "B Gh Gw 3 H D"],
+    rel_pos_h: Float[Array, "Gh w D"],
+    rel_pos_w: Float[Array, "Gw w D"],
     *,
     window_size: int,
     layout: BlockLayout | None = None,
@@ -154,20 +120,19 @@ def window_attention(
 ) -> Float[Array, "B Gh Gw H D"]:
     """Attention inside the windows of a feature map, with SAM's decomposed position bias.
 
-    `softmax(q k^T / sqrt(D) + rel_h[:, row(k)] + rel_w[:, col(k)]) v` over a window's keys, or over
-    the bar of its order. Windows begin at multiples of w; where they reach past the map, its padded
-    tokens have k = 0 and v = 0 and do take part as keys, so k and v come without the bias of their
-    projection: the key bias cancels in the softmax, the value bias adds to the result.
+    `softmax(q k^T / sqrt(D) + rel_h + rel_w) v` over a window's keys, or over the bar of its order,
+    where a query at row y and column x of the map and a key at row i and column j of the window
+    have `rel_h = q . rel_pos_h[y, i]` and `rel_w = q . rel_pos_w[x, j]`. Windows begin at multiples
+    of w; where they reach past the map, its padded tokens have k = 0 and v = 0 and do take part as
+    keys, so k and v come without the bias of their projection: the key bias cancels in the softmax,
+    the value bias adds to the result.
     Source: SAM, arXiv 2304.02643; the bar: SparseSAM, arXiv 2605.17633.
 
     Args:
-        q: Queries, any map of Gh x Gw tokens in raster order.
-        k: Keys.
-        v: Values.
-        rel_h: The query side of the row bias, a value for every key row of the window, from the
-            unscaled q; in q's dtype, or in float32 of which the kernel keeps twice the digits of
-            q's dtype. Zero-padded to 16 columns it saves the kernel a copy.
-        rel_w: The same for the columns.
+        qkv: Queries, keys and values of any map of Gh x Gw tokens in raster order.
+        rel_pos_h: What every query row of the map adds for every key row of its window, dtype of
+            qkv.
+        rel_pos_w: The same for columns.
         window_size: Side w of a window; the kernel takes 7 to 16.
         layout: `BlockLayout.bar(w * w, density)`: only the first `layout.bar_len` tokens of `order`
             are keys. None is dense.
@@ -176,18 +141,30 @@ def window_attention(
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
     Returns:
-        Attention's output in raster order, q's dtype.
+        Attention's output in raster order, dtype of qkv.
 
     Raises:
         ValueError: Shapes disagree, or `"mosaic_gpu"` is asked for where it cannot run.
         NotImplementedError: The kernel is differentiated; `"xla"` is differentiable.
     """
-    _check(q, k, v, (rel_h, rel_w), window_size, layout, order)
-    problems = _problems(q, k, v, (rel_h, rel_w), window_size)
+    _check(qkv, (rel_pos_h, rel_pos_w), window_size, layout, order)
+    problems = _problems(qkv, window_size)
     chosen = resolve(implementation, function="window_attention", problems=problems)
-    if chosen == "mosaic_gpu":
-        program = mosaic_window_attention
-    else:
-        program = reference.window_attention
-        rel_h, rel_w = rel_h[..., :window_size], rel_w[..., :window_size]
-    return program(q, k, v, rel_h, rel_w, window_size=window_size, layout=layout, order=order)
+    program = mosaic_window_attention if chosen == "mosaic_gpu" else _xla_window_attention
+    arrays = (qkv, rel_pos_h, rel_pos_w)
+    return program(*arrays, window_size=window_size, layout=layout, order=order)
+
+
+def _xla_window_attention(
+    qkv: Array,
+    rel_pos_h: Array,
+    rel_pos_w: Array,
+    *,
+    window_size: int,
+    layout: BlockLayout | None,
+    order: Any,
+) -> Array:
+    q, k, v = (qkv[:, :, :, i] for i in range(3))
+    rel = reference.relative_position(q, rel_pos_h, rel_pos_w)
+    options = {"window_size": window_size, "layout": layout, "order": order}
+    return reference.window_attention(q, k, v, *rel, **options)

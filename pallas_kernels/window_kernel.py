@@ -12,10 +12,9 @@ packs into w w consecutive rows of shared memory: nothing is partitioned or padd
 Past the edge of the map the TMA reads zeros, which are a padded token's k and v, and drops what is
 written. The bias is a low-rank product: E_h[i, k] = [row(k) = i], E_w[i, k] = [col(k) = i],
 
-    sqrt(D) logits = q.k + rel_h (sqrt(D) E_h) + rel_w (sqrt(D) E_w),
+    sqrt(D) logits = q.k + (sqrt(D) rel_h) E_h + (sqrt(D) rel_w) E_w,
 
-two more K = 16 steps of the product that computes q.k. A factor that the dtype of q cannot hold (a
-float32 rel, sqrt(80)) is split into a high and a low half, with a step for each.
+two more K = 16 steps of the product that computes q.k.
 
 Each block of threads takes every `num_ctas`-th (image, window, head), heads fastest, because a
 token's heads are neighbours in memory. Two warpgroups compute, half of the window's query tiles of
@@ -36,6 +35,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
+
+from pallas_kernels.boxes import as_box, buffer, split_head_dim
 
 TILE_Q = 64  # queries of one product on the tensor core
 REL = 16  # columns of rel and E: one K step of the tensor core, and the largest window
@@ -87,15 +88,15 @@ class Geometry(NamedTuple):
             num_tiles=num_tiles,
             q_rows=max(num_tiles * TILE_Q, -(-box_rows * window_size // 8) * 8),
             num_keys=max(-(-box_rows * window_size // 16) * 16, TILE_Q),
-            chunks=(64,) * (head_dim // 64) + (16,) * (head_dim % 64 // 16),
+            chunks=split_head_dim(head_dim),
         )
 
-    def smem_bytes(self, config: Config, num_rel: int, num_one_hot: int) -> int:
+    def smem_bytes(self, config: Config) -> int:
         """Shared memory of one block of threads, 16-bit operands."""
         row = 2 * sum(self.chunks)
-        q_stage = self.q_rows * (row + 2 * REL * num_rel) + 1024
+        q_stage = self.q_rows * (row + 2 * REL * 2) + 1024
         kv_stage = 2 * self.num_keys * row
-        one_hot = 2 * REL * self.num_keys * num_one_hot
+        one_hot = 2 * REL * self.num_keys * 2
         return config.q_stages * q_stage + config.kv_stages * kv_stage + one_hot
 
 
@@ -104,8 +105,8 @@ class Statics(NamedTuple):
 
     window_size: int
     geometry: Geometry
-    factors: tuple[tuple[int, int], ...]  # the bias's products: index in rel, index in one_hot
     sparse: bool
+    num_heads: int
     config: Config
     interpret: Any
 
@@ -113,11 +114,7 @@ class Statics(NamedTuple):
 def _boxes(
     gmem: Any, smem: Any, corner: tuple[Any, Any, Any], columns: Any, slot: Any, shape: Any
 ) -> Any:
-    """A box of `shape` = (rows, w) of the feature map beside the rows of `smem` that it fills.
-
-    Where a tile is as wide as the array, tiled rows lie behind each other like plain rows: the
-    tiling is dropped, as rows * w need not be whole tiles.
-    """
+    """A box of `shape` = (rows, w) of the feature map beside the rows of `smem` that it fills."""
     image, row, col = corner
     rows, w, interpret = shape
     if interpret:  # has no reshaped references
@@ -125,16 +122,12 @@ def _boxes(
             window_row = gmem.at[image, row + r, pl.ds(col, w), *columns]
             yield window_row, smem.at[slot, pl.ds(r * w, w)]
     else:
-        unswizzle, _ = smem.transforms
-        plain = dataclasses.replace(smem, transforms=(unswizzle,)).reshape(*smem.shape)
-        packed = plain.at[slot, pl.ds(0, rows * w)].reshape(rows, w, smem.shape[-1])
-        yield gmem.at[image, pl.ds(row, rows), pl.ds(col, w), *columns], packed
+        box = as_box(smem, (slot, pl.ds(0, rows * w)), (rows, w))
+        yield gmem.at[image, pl.ds(row, rows), pl.ds(col, w), *columns], box
 
 
 def _kernel(
-    q_gmem: Any,
-    k_gmem: Any,
-    v_gmem: Any,
+    qkv_gmem: Any,
     rel_gmem: tuple[Any, ...],
     one_hot_gmem: Any,
     keep_gmem: Any,
@@ -154,8 +147,8 @@ def _kernel(
     turn: Any,
     statics: Statics,
 ) -> None:
-    w, geometry, factors, sparse, config, interpret = statics
-    batch, height, width, num_heads, head_dim = q_gmem.shape
+    w, geometry, sparse, num_heads, config, interpret = statics
+    batch, height, width, _, head_dim = qkv_gmem.shape
     num_keys, chunks = geometry.num_keys, geometry.chunks
     spans = [pl.ds(sum(chunks[:c]), chunk) for c, chunk in enumerate(chunks)]
     down, across = pl.cdiv(height, w), pl.cdiv(width, w)
@@ -187,15 +180,16 @@ def _kernel(
 
     def load_kv(step: Any) -> None:
         corner, _, head = item(step)
-        for gmem, smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
+        for which, smem in ((1, k_smem), (2, v_smem)):
             for chunk, span in zip(smem, spans, strict=True):
-                load(gmem, chunk, corner, (head, span), slots(step)[1], kv_full)
+                columns = (which * num_heads + head, span)
+                load(qkv_gmem, chunk, corner, columns, slots(step)[1], kv_full)
 
     def load_q(step: Any) -> None:
         corner, window, head = item(step)
         slot = slots(step)[0]
         for chunk, span in zip(q_smem, spans, strict=True):
-            load(q_gmem, chunk, corner, (head, span), slot, q_full)
+            load(qkv_gmem, chunk, corner, (head, span), slot, q_full)
         for gmem, smem in zip(rel_gmem, rel_smem, strict=True):
             load(gmem, smem, corner, (head, pl.ds(0, REL)), slot, q_full)
         if sparse:
@@ -264,9 +258,9 @@ def _kernel(
         def multiply_qk(acc_ref: Any) -> Any:
             for q, k in zip(q_smem, k_smem, strict=True):
                 plgpu.wgmma(acc_ref, q.at[q_slot, rows], k.at[kv_slot].transpose((1, 0)))
-            for rel, e in factors:
-                one_hot = one_hot_smem.at[e].transpose((1, 0))
-                plgpu.wgmma(acc_ref, rel_smem[rel].at[q_slot, rows], one_hot)
+            for axis, rel in enumerate(rel_smem):
+                one_hot = one_hot_smem.at[axis].transpose((1, 0))
+                plgpu.wgmma(acc_ref, rel.at[q_slot, rows], one_hot)
             yield_turn()
             return acc_ref[...]
 
@@ -280,7 +274,7 @@ def _kernel(
         weights = jnp.exp2(logits * scale - maximum)  # [TILE_Q, num_keys]
         total = weights.sum(axis=1)
         # The barrier keeps the compiler from moving the softmax past the turn's end.
-        weights, total = lax.optimization_barrier((weights.astype(q_gmem.dtype), total))
+        weights, total = lax.optimization_barrier((weights.astype(qkv_gmem.dtype), total))
         yield_turn()
 
         def multiply_weights_v(*acc_refs: Any) -> Any:
@@ -327,13 +321,13 @@ def _kernel(
     pl.when(warpgroup == WARPGROUPS)(transfer)
 
 
+# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
+@functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def launch(
     statics: Statics,
-    q: Array,
-    k: Array,
-    v: Array,
-    rel: tuple[Array, ...],
+    qkv: Array,
+    rel: tuple[Array, Array],
     one_hot: Array,
     keep: Array,
 ) -> Array:
@@ -341,35 +335,32 @@ def launch(
 
     Args:
         statics: What is known when the launch is traced.
-        q: Queries [B, Gh, Gw, H, D], 16-bit floats, as are k, v, rel and one_hot.
-        k: Keys [B, Gh, Gw, H, D].
-        v: Values [B, Gh, Gw, H, D].
-        rel: The left factors of the bias, [B, Gh, Gw, H, 16] each.
-        one_hot: The right factors, transposed, [factors, num_keys, 16].
+        qkv: [B, Gh, Gw, 3 H, D], 16-bit floats like rel and one_hot: q of all heads, k, v.
+        rel: The left factors of the bias, sqrt(D) rel_h and sqrt(D) rel_w, [B, Gh, Gw, H, 16].
+        one_hot: The right factors, transposed, [2, num_keys, 16].
         keep: 0 for the bar's keys and -inf for others, float32 [1 or B, 1 or W, 1 or H, 256].
 
     Returns:
         Attention's output [B, Gh, Gw, H, D].
     """
-    window_size, geometry, _, sparse, config, interpret = statics
+    window_size, geometry, sparse, num_heads, config, interpret = statics
     kv_stages, q_stages, chunks = config.kv_stages, config.q_stages, geometry.chunks
 
-    def buffer(stages: int, rows: int, columns: int) -> Any:
-        transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
-        return plgpu.SMEM((stages, rows, columns), q.dtype, transforms=transforms)
+    def boxes_of(stages: int, rows: int) -> list[Any]:
+        return [buffer(qkv.dtype, stages, rows, chunk) for chunk in chunks]
 
     def arrivals(num_boxes: int) -> int:
         return num_boxes * (window_size if interpret else 1)
 
     kernel = plgpu.kernel(
         functools.partial(_kernel, statics=statics),
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=jax.ShapeDtypeStruct((*qkv.shape[:3], num_heads, qkv.shape[4]), qkv.dtype),
         scratch_types=dict(
-            q_smem=[buffer(q_stages, geometry.q_rows, chunk) for chunk in chunks],
-            k_smem=[buffer(kv_stages, geometry.num_keys, chunk) for chunk in chunks],
-            v_smem=[buffer(kv_stages, geometry.num_keys, chunk) for chunk in chunks],
-            rel_smem=[buffer(q_stages, geometry.q_rows, REL) for _ in rel],
-            one_hot_smem=buffer(*one_hot.shape),
+            q_smem=boxes_of(q_stages, geometry.q_rows),
+            k_smem=boxes_of(kv_stages, geometry.num_keys),
+            v_smem=boxes_of(kv_stages, geometry.num_keys),
+            rel_smem=[buffer(qkv.dtype, q_stages, geometry.q_rows, REL) for _ in rel],
+            one_hot_smem=buffer(qkv.dtype, *one_hot.shape),
             keep_smem=plgpu.SMEM((q_stages, 256), jnp.float32),
             q_full=plgpu.Barrier(
                 num_barriers=q_stages, num_arrivals=arrivals(len(chunks) + len(rel)) + sparse
@@ -390,10 +381,10 @@ def launch(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
     )
-    return kernel(q, k, v, rel, one_hot, keep)
+    return kernel(qkv, rel, one_hot, keep)
 
 
-@launch.defjvp
+@launch.__wrapped__.defjvp
 def _no_gradient(*_: Any) -> Any:
     raise NotImplementedError(
         'window_attention with implementation="mosaic_gpu" has no gradient; '

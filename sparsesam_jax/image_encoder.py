@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementation import Implementation
+from pallas_kernels.mlp_weights import MLPWeights
+from pallas_kernels.routed_mlp import mlp, routed_mlp
 from pallas_kernels.stripe_attention import stripe_attention
 from pallas_kernels.window_attention import window_attention
-from sparsesam_jax import orders
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.layers import FLOAT32, DTypes, MLPBlock, conv, gelu, layer_norm, linear
 from sparsesam_jax.plan import Plan, check_sparsity
@@ -156,15 +159,23 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B Gh Gw d"], plan: Plan) -> Array:
         """Apply the block; the first of its kind also ranks the tokens into `plan`."""
         x = x + self.attn(self.norm1(x), x, plan)
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         routed = plan.routed_tokens(self.index)
+        options: dict[str, Any] = {
+            "epsilon": _LAYER_NORM_EPSILON,
+            "implementation": plan.implementation,
+        }
         if routed is None:
-            return x + self.mlp(self.norm2(x))
-        batch, height, width, d = x.shape
-        tokens = x.reshape(batch, -1, d)
-        update = self.mlp(self.norm2(jnp.take_along_axis(tokens, routed[..., None], axis=1)))
-        image = jnp.arange(batch)[:, None]
-        tokens = tokens.at[image, routed].add(update, unique_indices=True)
-        return tokens.reshape(batch, height, width, d)
+            tokens = mlp(tokens, self._mlp_weights(x.dtype), **options)
+        else:
+            tokens = routed_mlp(tokens, routed, self._mlp_weights(x.dtype), **options)
+        return tokens.reshape(x.shape)
+
+    def _mlp_weights(self, dtype: jnp.dtype) -> MLPWeights:
+        lin1, lin2 = self.mlp.lin1, self.mlp.lin2
+        norm = (self.norm2.scale, self.norm2.bias)
+        arrays = (*norm, lin1.kernel, lin1.bias, lin2.kernel, lin2.bias)
+        return MLPWeights(*(array[...].astype(dtype) for array in arrays if array is not None))
 
 
 class Attention(nnx.Module):
@@ -198,78 +209,67 @@ class Attention(nnx.Module):
             block_input: The tokens before it, which a ranking may look at.
             plan: Layouts and rankings of this forward.
         """
-        q, k, v, key_bias, value_bias = self._project(x)
-        rel_h, rel_w = self._relative_position(q)
-        if self.window_size:
-            plan.rank_windows(k, key_bias, block_input)
-            layout, order = plan.window_layout(self.index)
-            out = window_attention(
-                q,
-                k,
-                v,
-                rel_h,
-                rel_w,
-                window_size=self.window_size,
-                layout=layout,
-                order=order,
-                implementation=plan.implementation,
-            )
-        else:
-            plan.rank_grid(k, key_bias, block_input)
-            out = self._attend_grid(q, k, v, rel_h, rel_w, plan)
-        out = out + value_bias
-        return self.proj(out.reshape(x.shape))
-
-    def _project(self, x: Array) -> tuple[Array, Array, Array, Array, Array]:
-        """Q with its bias, k and v without, [B, Gh, Gw, H, D], and their biases [H, D]."""
-        assert self.qkv.bias is not None
+        batch, height, width, d = x.shape
+        tables = (
+            relative_table(table[...], side, self.window_size).astype(x.dtype)
+            for table, side in ((self.rel_pos_h, height), (self.rel_pos_w, width))
+        )
+        assert self.qkv.bias is not None and self.proj.bias is not None
         kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
-        qkv = jnp.matmul(x, kernel, precision=self.dtypes.precision)
-        qkv = qkv.reshape(*x.shape[:3], 3, self.num_heads, -1)
-        bias = bias.reshape(3, self.num_heads, -1)
-        return qkv[..., 0, :, :] + bias[0], qkv[..., 1, :, :], qkv[..., 2, :, :], bias[1], bias[2]
+        query_bias = jnp.where(np.arange(3 * d) < d, bias, 0)
+        qkv = jnp.matmul(x, kernel, precision=self.dtypes.precision) + query_bias
+        qkv = qkv.reshape(batch, height, width, 3, self.num_heads, -1)
+        key_bias = bias[d : 2 * d].reshape(self.num_heads, -1)
+        attend = self._attend_windows if self.window_size else self._attend_grid
+        out = attend(qkv, *tables, key_bias, block_input, plan).reshape(x.shape)
+        # The value bias behind the softmax, as a part of the projection's bias.
+        kernel, out_bias = (p[...].astype(x.dtype) for p in (self.proj.kernel, self.proj.bias))
+        options = {"precision": self.dtypes.precision, "preferred_element_type": jnp.float32}
+        out_bias = out_bias + jnp.matmul(bias[2 * d :], kernel, **options).astype(x.dtype)
+        return jnp.matmul(out, kernel, precision=self.dtypes.precision) + out_bias
 
-    def _relative_position(self, q: Array) -> tuple[Array, Array]:
-        """The query side of the bias: rel_h [B, Gh, Gw, H, Sh] and rel_w [B, Gh, Gw, H, Sw]."""
-        height, width = q.shape[1:3]
-        by_row = relative_table(self.rel_pos_h[...], height, self.window_size).astype(q.dtype)
-        by_col = relative_table(self.rel_pos_w[...], width, self.window_size).astype(q.dtype)
-        options = {
-            "precision": self.dtypes.precision,
-            "preferred_element_type": jnp.float32,
-        }
-        return (
-            jnp.einsum("byxhd,yid->byxhi", q, by_row, **options),
-            jnp.einsum("byxhd,xjd->byxhj", q, by_col, **options),
+    def _attend_windows(
+        self,
+        qkv: Array,
+        rel_pos_h: Array,
+        rel_pos_w: Array,
+        key_bias: Array,
+        block_input: Array,
+        plan: Plan,
+    ) -> Array:
+        assert self.window_size is not None
+        plan.rank_windows(qkv[:, :, :, 1], key_bias, block_input)
+        layout, order = plan.window_layout(self.index)
+        return window_attention(
+            qkv,
+            rel_pos_h,
+            rel_pos_w,
+            window_size=self.window_size,
+            layout=layout,
+            order=order,
+            implementation=plan.implementation,
         )
 
     def _attend_grid(
-        self, q: Array, k: Array, v: Array, rel_h: Array, rel_w: Array, plan: Plan
+        self,
+        qkv: Array,
+        rel_pos_h: Array,
+        rel_pos_w: Array,
+        key_bias: Array,
+        block_input: Array,
+        plan: Plan,
     ) -> Array:
-        batch, height, width, heads, head_dim = q.shape
+        plan.rank_grid(qkv[:, :, :, 1], key_bias, block_input)
         layout, sequence, block_order = plan.grid_layout(self.index)
-        q, k, v, rel_h, rel_w = (
-            x.reshape(batch, height * width, heads, -1) for x in (q, k, v, rel_h, rel_w)
-        )
-        if sequence is not None:
-            q, k, v, rel_h, rel_w = (_permute(x, sequence) for x in (q, k, v, rel_h, rel_w))
-        positions = np.arange(height * width) if sequence is None else sequence
-        out = stripe_attention(
-            q,
-            k,
-            v,
-            rel_h,
-            rel_w,
-            positions // width,
-            positions % width,
+        return stripe_attention(
+            qkv,
+            rel_pos_h,
+            rel_pos_w,
+            sequence,
             layout=layout,
             block_order=block_order,
             implementation=plan.implementation,
         )
-        if sequence is not None:
-            numpy = isinstance(sequence, np.ndarray)
-            out = _permute(out, np.argsort(sequence) if numpy else orders.inverse(sequence))
-        return out.reshape(batch, height, width, heads, head_dim)
 
 
 def relative_table(
@@ -286,12 +286,3 @@ def relative_table(
         rel_pos = jax.image.resize(rel_pos, (length, rel_pos.shape[1]), "linear", antialias=False)
     query = np.arange(grid) % side
     return rel_pos[query[:, None] - np.arange(side)[None] + side - 1]
-
-
-def _permute(x: Array, sequence: Array | np.ndarray) -> Array:
-    """Tokens of x [B, N, H, C] in the order of a sequence [N], [B, N] or [B, H, N]."""
-    if isinstance(sequence, np.ndarray):
-        return x[:, sequence]
-    if sequence.ndim == 2:
-        return jnp.take_along_axis(x, sequence[:, :, None, None], axis=1)
-    return jnp.take_along_axis(x, sequence.swapaxes(1, 2)[..., None], axis=1)

@@ -99,7 +99,8 @@ class Plan:
         if count is None:
             return None
         assert self.token_order is not None
-        return self.token_order[:, :count]
+        # The set is what counts: in memory order neighbours are read and written together.
+        return jnp.sort(self.token_order[:, :count], axis=1)
 
     def rank_windows(self, k: Array, key_bias: Array, block_input: Array) -> None:
         """At the first windowed block: the order of the tokens in each window."""

@@ -1,0 +1,113 @@
+"""Gather and LayerNorm in one pass: rows of the residual stream to a compact buffer.
+
+    out[m] = (x[rows[m]] - mean) / sqrt(variance + epsilon) * scale + bias
+
+with mean and variance over a row in float32. Bound by bandwidth: a block of threads copies its rows
+to shared memory, one copy a row, and each warp normalises a row at a time in registers. Rows that
+no `rows` names are not read.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+CHUNK = 64  # columns that a warp has in one register of each thread, two a thread
+WARPS = 4
+
+
+class Statics(NamedTuple):
+    """What a launch knows when it is traced; `interpret` as in `plgpu.kernel`."""
+
+    epsilon: float
+    block_rows: int
+    num_rows: int  # of the output that count: those behind may stay unwritten
+    interpret: Any
+
+
+def _kernel(
+    x_gmem, rows_gmem, scale_gmem, bias_gmem, out_gmem, x_smem, ready, *, statics: Statics
+):  # fmt: skip
+    epsilon, block_rows, _, _ = statics
+    first = lax.axis_index("block") * block_rows
+    if rows_gmem is None:
+        plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(first, block_rows)], x_smem, ready)
+    else:
+        rows = [rows_gmem[first + r] for r in range(block_rows)]  # first, as loads take long
+        for r, row in enumerate(rows):
+            plgpu.copy_gmem_to_smem(x_gmem.at[row], x_smem.at[r], ready)
+
+    # A row is a warp's, so that its sums stay within the warp.
+    layout = plgpu.Layout.TILED(
+        plgpu.Tiling(((WARPS, 1, CHUNK), (2,))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1
+    )
+    vector = layout.reduce(0)
+    # pyright reads jax 0.10, where an index had to be given.
+    scale = plgpu.load(scale_gmem, layout=vector, optimized=False)  # pyright: ignore
+    bias = plgpu.load(bias_gmem, layout=vector, optimized=False)  # pyright: ignore
+    plgpu.barrier_wait(ready)
+
+    @pl.loop(0, block_rows // WARPS)
+    def _rows(i):
+        own = pl.ds(i * WARPS, WARPS)
+        x = plgpu.load(x_smem.at[own], layout=layout, optimized=False)  # pyright: ignore
+        x = x.astype(jnp.float32)  # [WARPS, d / CHUNK, CHUNK]
+
+        def broadcast(y, dimensions):
+            return plgpu.layout_cast(lax.broadcast_in_dim(y, x.shape, dimensions), layout)
+
+        def mean(y):
+            return broadcast(y.sum(axis=1).sum(axis=1) / (y.shape[1] * y.shape[2]), [0])
+
+        centred = x - mean(x)
+        out = centred * lax.rsqrt(mean(centred * centred) + epsilon)
+        out = out * broadcast(scale.astype(jnp.float32), [1, 2])
+        out = out + broadcast(bias.astype(jnp.float32), [1, 2])
+        out_gmem[pl.ds(first + i * WARPS, WARPS)] = out.astype(out_gmem.dtype)
+
+
+def launch(
+    statics: Statics, x: Array, scale: Array, bias: Array, *, rows: Array | None = None
+) -> Array:
+    """Run the kernel.
+
+    Args:
+        statics: What is known when the launch is traced.
+        x: Rows of the residual stream [any, d], 16-bit floats, d a multiple of 64.
+        scale: LayerNorm's scale [d], float32 or x's dtype.
+        bias: Its bias [d], likewise.
+        rows: Rows of x, int32 [M], M a multiple of `block_rows`; None takes all in order.
+
+    Returns:
+        The normalised rows [M, d], x's dtype.
+    """
+    width, block_rows = x.shape[1], statics.block_rows
+    out_rows = x.shape[0] if rows is None else rows.shape[0]
+    chunks = (width // CHUNK, CHUNK)
+    body = functools.partial(_kernel, statics=statics)
+    operands = [x.reshape(-1, *chunks), rows, scale.reshape(chunks), bias.reshape(chunks)]
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((out_rows, *chunks), x.dtype),
+        scratch_types=dict(
+            x_smem=plgpu.SMEM((block_rows, *chunks), x.dtype),
+            ready=plgpu.Barrier(num_arrivals=1 if rows is None else block_rows),
+        ),
+        grid=(-(-statics.num_rows // block_rows),),
+        grid_names=("block",),
+        num_threads=1,
+        thread_name="wg",
+        kernel_name="gather_norm",
+        interpret=statics.interpret,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )
+    return kernel(*operands).reshape(out_rows, width)

@@ -1,0 +1,57 @@
+"""The routed and the dense MLP in plain jax.numpy: what runs on a CPU, a TPU or an older GPU.
+
+Differentiable, LayerNorm and GELU in float32. A routed MLP computes on the routed tokens only.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mlp_weights import MLPWeights
+from pallas_kernels.reference import matmul_precision
+
+
+def layer_norm(
+    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
+) -> Float[Array, "... d"]:
+    """LayerNorm over the last axis in float32, in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(axis=-1, keepdims=True) + epsilon)
+    return (y * scale + bias).astype(x.dtype)
+
+
+def mlp_update(
+    x: Float[Array, "... d"], weights: MLPWeights, epsilon: float
+) -> Float[Array, "... d"]:
+    """`MLP(LN(x))`, without the residual."""
+    dtype, precision = x.dtype, matmul_precision(x.dtype)
+    y = layer_norm(x, weights.norm_scale, weights.norm_bias, epsilon)
+    hidden = jnp.matmul(y, weights.kernel1.astype(dtype), precision=precision)
+    hidden = hidden.astype(jnp.float32) + weights.bias1
+    hidden = jax.nn.gelu(hidden, approximate=False).astype(dtype)
+    update = jnp.matmul(hidden, weights.kernel2.astype(dtype), precision=precision)
+    return (update.astype(jnp.float32) + weights.bias2).astype(dtype)
+
+
+def routed_mlp(
+    x: Float[Array, "B N d"],
+    token_index: Int[Array, "B M"],
+    weights: MLPWeights,
+    *,
+    epsilon: float = 1e-6,
+) -> Float[Array, "B N d"]:
+    """Gather, MLP, scatter; `pallas_kernels.routed_mlp.routed_mlp` documents the arguments."""
+    routed = jnp.take_along_axis(x, token_index[..., None], axis=1)
+    image = jnp.arange(len(x))[:, None]
+    update = mlp_update(routed, weights, epsilon)
+    return x.at[image, token_index].add(update, unique_indices=True)
+
+
+def mlp(
+    x: Float[Array, "B N d"], weights: MLPWeights, *, epsilon: float = 1e-6
+) -> Float[Array, "B N d"]:
+    """`x + MLP(LN(x))` for every token."""
+    return x + mlp_update(x, weights, epsilon)
