@@ -61,9 +61,6 @@ def cpu(
 def quality(
     images: Annotated[Path, typer.Option(help="Folder of photos.")],
     masks: Annotated[Path, typer.Option(help="Folder of their masks, equal stems, > 128.")],
-    manifest: Annotated[
-        Path, typer.Option(help="CSV with the columns id, box_x0, box_y0, box_x1, box_y1.")
-    ],
     weights: Annotated[str, typer.Option(help="vit_t or a converted file.")] = "vit_t",
     density: Annotated[
         list[float] | None,
@@ -98,7 +95,6 @@ def quality(
         options = quality.Options(
             images=images,
             masks=masks,
-            manifest=manifest,
             weights=weights,
             batch=batch,
             dtype=dtype,
@@ -112,6 +108,113 @@ def quality(
             chosen = read_variants(variants)
         with records.writer(out) as write:
             return quality.run(options, chosen, write, Console())
+
+    _finish(run)
+
+
+@app.command()
+def sweep(
+    images: Annotated[Path, typer.Option(help="Folder of photos.")],
+    masks: Annotated[Path, typer.Option(help="Folder of their masks, equal stems, > 128.")],
+    variants: Annotated[
+        list[Path], typer.Option(help="JSON list, as `candidates` writes it; repeatable.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSON lines; what they already hold is kept.")],
+    weights: Annotated[str, typer.Option(help="vit_t or a converted file.")] = "vit_t",
+    batch: Annotated[int, typer.Option(help="Images an encoder call.")] = 20,
+    limit: Annotated[int | None, typer.Option(help="Only the first N photos.")] = None,
+    threads: Annotated[
+        int, typer.Option("--threads", "--processes", help="Programs that compile at a time.")
+    ] = 12,
+    seconds: Annotated[float, typer.Option(help="No variant is measured after them.")] = 270,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds without a compiled variant that end the sweep.")
+    ] = 240,
+) -> None:
+    """Many variants in few programs, no speeds; run again, it measures what is missing."""
+    from rich.console import Console
+
+    from benchmarks import sweep, sweep_table
+    from benchmarks.variants import read_variants
+
+    def run() -> bool:
+        options = sweep.Options(
+            images=images,
+            masks=masks,
+            weights=weights,
+            batch=batch,
+            limit=limit,
+            threads=threads,
+            seconds=seconds,
+            timeout=timeout,
+        )
+        missing = sweep.run(options, read_variants(*variants), out, Console())
+        sweep_table.show(out)
+        if missing:
+            typer.echo(f"not run: {', '.join(missing)}", err=True)
+        return not missing
+
+    _finish(run)
+
+
+@app.command()
+def sweep_table(
+    file: Annotated[Path, typer.Argument(help="What `sweep` wrote.")],
+) -> None:
+    """What a sweep measured: differences to dense on all photos and on either half of them."""
+    from benchmarks import sweep_table
+
+    def run() -> bool:
+        sweep_table.show(file)
+        return True
+
+    _finish(run)
+
+
+@app.command()
+def quality_doc(
+    results: Annotated[Path, typer.Option(help="Folder of the raw files.")] = Path(
+        "benchmarks/results"
+    ),
+    out: Annotated[Path, typer.Option(help="The document.")] = Path("docs/quality.md"),
+) -> None:
+    """Write docs/quality.md from the raw files of `quality` and `sweep`."""
+
+    def run() -> bool:
+        from benchmarks import quality_doc
+
+        quality_doc.write(results, out)
+        return True
+
+    _finish(run)
+
+
+@app.command()
+def candidates(
+    out: Annotated[Path, typer.Argument(help="JSON list of variants to write.")],
+    weights: Annotated[str, typer.Option(help="vit_t or a converted file.")] = "vit_t",
+    density: Annotated[
+        list[float] | None,
+        typer.Option(help="May be repeated. Without it: 0.4 and 0.3; with --methods 0.5 too."),
+    ] = None,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="Instead: every method by name, SparseSAM included.")
+    ] = False,
+) -> None:
+    """Variants for `sweep`, each with the computed work of the released preset."""
+
+    def run() -> bool:
+        from benchmarks import candidates
+        from sparsesam_jax import sam
+        from sparsesam_jax import weights as files
+
+        if methods:
+            found = candidates.compared(density or [0.5, 0.4, 0.3])
+        else:
+            config = files.read(sam.locate(weights))[0].image_encoder
+            found = candidates.candidates(config, density or [0.4, 0.3])
+        candidates.write(found, out)
+        return True
 
     _finish(run)
 

@@ -6,7 +6,6 @@ SAM's protocol: one mask a box (no multimask output), compared at the photo's ow
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -14,20 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import records
-from benchmarks.metrics import bootstrap_interval, iou
-from benchmarks.photos import Photo, read_photos
 from benchmarks.records import Record, Write
 from benchmarks.variants import DENSE, Variant
 from pallas_kernels.implementation import Implementation
-from sparsesam_jax import Sam, SamPredictor
+from sparsesam_jax import Sam
+from sparsesam_jax.evaluation.datasets import Photo, folder_pairs, limited, read_photo
+from sparsesam_jax.evaluation.metrics import bootstrap_interval, iou, relative_error
+from sparsesam_jax.evaluation.predict import Predictions, predict
+from sparsesam_jax.evaluation.protocols import Protocol
 from sparsesam_jax.weights import DTYPES
 
 
@@ -37,8 +37,7 @@ class Options:
 
     Attributes:
         images: Folder of photos.
-        masks: Folder of their masks.
-        manifest: CSV with their ids and boxes.
+        masks: Folder of their masks, equal stems; the boxes are the masks' own.
         weights: Name or path of the weights.
         batch: Photos an encoder call.
         dtype: Compute and parameter dtype.
@@ -49,7 +48,6 @@ class Options:
 
     images: Path
     masks: Path
-    manifest: Path
     weights: str = "vit_t"
     batch: int = 8
     dtype: str = "float32"
@@ -66,22 +64,16 @@ class Options:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
 
 
-class _Batch(NamedTuple):
-    """Results of the photos of one batch, without its filling."""
+class Outcome(NamedTuple):
+    """Results of one variant on all photos, batch after batch."""
 
-    masks: list[np.ndarray]
-    features: Array
-
-
-class _Outcome(NamedTuple):
-    """Results of one variant on all photos."""
-
-    batches: list[_Batch]
+    batches: list[Predictions]
     seconds: float
     first_batch_s: float
 
     @property
     def masks(self) -> list[np.ndarray]:
+        """One a photo."""
         return [mask for batch in self.batches for mask in batch.masks]
 
 
@@ -117,14 +109,50 @@ def _measure_all(
     pool: Executor,
     summaries: list[Record],
 ) -> None:
-    sam = Sam.from_pretrained(
+    sam = load(options)
+    models = [(variant, variant.model(sam)) for variant in (DENSE, *variants)]
+    photos = read_photos(options, pool)
+    common = describe(options, photos)
+    write(common | {"kind": "photos", "ids": [photo.name for photo in photos]})
+    dense: Outcome | None = None
+    dense_iou = np.empty(0)
+    for variant, model in models:
+        outcome = predict_all(model, photos, options.batch, pool)
+        dense = dense or outcome
+        rows = {
+            "iou": map_iou(pool, outcome.masks, [photo.mask for photo in photos]),
+            "agreement": map_iou(pool, outcome.masks, dense.masks),
+            "feature_error": feature_errors(outcome, dense),
+        }
+        dense_iou = rows["iou"] if variant is DENSE else dense_iou
+        name = {"variant": variant.name}
+        write({"suite": "quality", "kind": "per_photo"} | name | rounded(rows))
+        summary = common | {"kind": "summary"} | name | summarise(variant, outcome, rows, dense_iou)
+        summary["gmacs"] = variant.gmacs(sam.config.image_encoder)
+        write(summary)
+        summaries.append(summary)
+        console.print(
+            f"[dim]{variant.name}: mIoU {summary['miou']:.4f}, "
+            f"{summary['images_per_s']:.1f} images/s"
+        )
+
+
+def load(options: Options) -> Sam:
+    """The dense model."""
+    return Sam.from_pretrained(
         options.weights, dtype=options.dtype, implementation=options.implementation
     )
-    models = [(variant, sam.with_sparsity(variant.sparsity)) for variant in (DENSE, *variants)]
-    photos = read_photos(
-        options.images, options.masks, options.manifest, limit=options.limit, pool=pool
-    )
-    common = {
+
+
+def read_photos(options: Options, pool: Executor) -> list[Photo]:
+    """All photos; unlike `sparsesam evaluate` this stops at the first that is broken."""
+    pairs = limited(folder_pairs(options.images, options.masks), options.limit)
+    return list(pool.map(read_photo, pairs))
+
+
+def describe(options: Options, photos: Sequence[Photo]) -> Record:
+    """What every record of a run has in common."""
+    return {
         "suite": "quality",
         "peer": "sparsesam_jax",
         "model": options.weights,
@@ -136,100 +164,68 @@ def _measure_all(
         "versions": records.versions(),
         "commit": records.commit(),
     }
-    write(common | {"kind": "photos", "ids": [photo.name for photo in photos]})
-    dense: _Outcome | None = None
-    dense_iou = np.empty(0)
-    for variant, model in models:
-        outcome = _predict(model, photos, options.batch, pool)
-        dense = dense or outcome
-        scores = _map_iou(pool, outcome.masks, [photo.mask for photo in photos])
-        dense_iou = scores if variant is DENSE else dense_iou
-        rows = {
-            "iou": scores,
-            "agreement": _map_iou(pool, outcome.masks, dense.masks),
-            "feature_error": _feature_errors(outcome.batches, dense.batches),
-        }
-        name = {"variant": variant.name}
-        write(
-            {"suite": "quality", "kind": "per_photo"}
-            | name
-            | {key: np.round(values.astype(np.float64), 5).tolist() for key, values in rows.items()}
-        )
-        summary = common | {"kind": "summary"} | name | _summary(variant, outcome, rows, dense_iou)
-        write(summary)
-        summaries.append(summary)
-        console.print(
-            f"[dim]{variant.name}: mIoU {summary['miou']:.4f}, "
-            f"{summary['images_per_s']:.1f} images/s"
-        )
 
 
-def _predict(sam: Sam, photos: Sequence[Photo], batch: int, pool: Executor) -> _Outcome:
+def rounded(rows: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Values as a record keeps them."""
+    return {key: np.round(values.astype(np.float64), 5).tolist() for key, values in rows.items()}
+
+
+def predict_all(sam: Sam, photos: Sequence[Photo], batch: int, pool: Executor) -> Outcome:
     """Masks and features of all photos; the first batch runs once before, to compile."""
+    protocol = Protocol("sam", sam.config.image_encoder.image_size)
     batches = [photos[i : i + batch] for i in range(0, len(photos), batch)]
     size = len(batches[0])
+
+    def run(photos: Sequence[Photo]) -> Predictions:
+        queries = [protocol.query(photo, "box") for photo in photos]
+        return predict(sam, photos, queries, protocol=protocol, batch=size)
+
     start = time.perf_counter()
-    _predict_batch(sam, batches[0], size)
+    run(batches[0])
     first_batch_s = time.perf_counter() - start
     start = time.perf_counter()
-    results = list(pool.map(lambda photos: _predict_batch(sam, photos, size), batches))
-    return _Outcome(results, time.perf_counter() - start, first_batch_s)
+    results = list(pool.map(run, batches))
+    return Outcome(results, time.perf_counter() - start, first_batch_s)
 
 
-def _predict_batch(sam: Sam, photos: Sequence[Photo], size: int) -> _Batch:
-    # A short last batch is filled up, because another size would compile again.
-    filled = list(itertools.islice(itertools.cycle(photos), size))
-    predictor = SamPredictor(sam)
-    predictor.set_image_batch([photo.image for photo in filled])
-    masks, _, _ = predictor.predict_batch(
-        box_batch=[photo.box for photo in filled], multimask_output=False
-    )
-    features = predictor.get_image_embedding()
-    return _Batch([mask[0] for mask in masks[: len(photos)]], features[: len(photos)])
-
-
-def _map_iou(
+def map_iou(
     pool: Executor, masks: Sequence[np.ndarray], others: Sequence[np.ndarray]
 ) -> Float[np.ndarray, " images"]:
+    """IoU of each pair."""
     return np.array(list(pool.map(iou, masks, others)))
 
 
-def _feature_errors(
-    batches: Sequence[_Batch], dense: Sequence[_Batch]
-) -> Float[np.ndarray, " images"]:
-    pairs = zip(batches, dense, strict=True)
-    return np.concatenate([np.asarray(_relative_error(a.features, b.features)) for a, b in pairs])
+def feature_errors(outcome: Outcome, dense: Outcome) -> Float[np.ndarray, " images"]:
+    """Relative error of each photo's features."""
+    pairs = zip(outcome.batches, dense.batches, strict=True)
+    return np.concatenate([np.asarray(relative_error(a.features, b.features)) for a, b in pairs])
 
 
-@jax.jit
-def _relative_error(
-    features: Float[Array, "B H W C"], dense: Float[Array, "B H W C"]
-) -> Float[Array, " B"]:
-    """`||F - F_dense|| / ||F_dense||` of each image, float32."""
-    features, dense = features.astype(jnp.float32), dense.astype(jnp.float32)
-    axes = (1, 2, 3)
-    difference = jnp.sqrt(((features - dense) ** 2).sum(axes))
-    return difference / jnp.sqrt((dense**2).sum(axes))
-
-
-def _summary(
-    variant: Variant, outcome: _Outcome, rows: dict[str, np.ndarray], dense_iou: np.ndarray
+def summarise(
+    variant: Variant, outcome: Outcome, rows: dict[str, np.ndarray], dense_iou: np.ndarray
 ) -> dict[str, Any]:
-    sparsity = variant.sparsity
-    differences = rows["iou"] - dense_iou
-    count = len(differences)
-    return {
-        "density": 1.0 if sparsity is None else sparsity.density,
-        "sparsity": None if sparsity is None else dataclasses.asdict(sparsity),
-        "images": count,
-        "miou": float(rows["iou"].mean()),
-        "difference": None if sparsity is None else float(differences.mean()),
-        "difference_ci95": None if sparsity is None else bootstrap_interval(differences),
-        "agreement": float(rows["agreement"].mean()),
-        "feature_error": float(rows["feature_error"].mean()),
+    """A variant's record beside what `describe` says."""
+    count = len(dense_iou)
+    return scores(variant, rows, dense_iou) | {
         "images_per_s": count / outcome.seconds,
         "ms_per_image": 1e3 * outcome.seconds / count,
         "first_batch_s": outcome.first_batch_s,
+    }
+
+
+def scores(variant: Variant, rows: dict[str, np.ndarray], dense_iou: np.ndarray) -> dict[str, Any]:
+    """A variant's definition and its quality."""
+    differences = rows["iou"] - dense_iou
+    dense = variant == DENSE
+    return variant.definition | {
+        "density": variant.density,
+        "images": len(differences),
+        "miou": float(rows["iou"].mean()),
+        "difference": None if dense else float(differences.mean()),
+        "difference_ci95": None if dense else bootstrap_interval(differences),
+        "agreement": float(rows["agreement"].mean()),
+        "feature_error": float(rows["feature_error"].mean()),
     }
 
 

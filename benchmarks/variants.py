@@ -6,21 +6,104 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
-from sparsesam_jax.config import Sparsity
+from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+
+if TYPE_CHECKING:
+    from benchmarks import simulated
+    from sparsesam_jax import Sam
 
 
 class Variant(NamedTuple):
-    """A sparsity and what the results call it; None is dense."""
+    """What is measured and what the results call it.
+
+    Attributes:
+        name: Its name.
+        sparsity: What is kept; None is dense, or whatever `method` says.
+        method: Another method than SparseSAM, and its density.
+        group_update: Fields of `methods.group_update.GroupUpdate` beside its sparsity; None leaves
+            skipped tokens unchanged.
+    """
 
     name: str
-    sparsity: Sparsity | None
+    sparsity: Sparsity | None = None
+    method: tuple[str, float] | None = None
+    group_update: dict[str, Any] | None = None
+
+    @property
+    def density(self) -> float | tuple[float, ...]:
+        """The density that was asked for; 1 for dense."""
+        if self.sparsity is not None:
+            return self.sparsity.density
+        return 1.0 if self.method is None else self.method[1]
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """All but the name, as JSON has it."""
+        return {
+            "sparsity": None if self.sparsity is None else dataclasses.asdict(self.sparsity),
+            "method": None if self.method is None else list(self.method),
+            "group_update": self.group_update,
+        }
+
+    def model(self, sam: Sam) -> Sam:
+        """The dense model with the variant."""
+        from sparsesam_jax import methods
+
+        if self.method is not None:
+            return methods.apply(sam, *self.method)
+        if self.group_update is not None:
+            return methods.with_method(sam, self._grouped())
+        return sam.with_sparsity(self.sparsity)
+
+    def gmacs(self, config: ImageEncoderConfig) -> float:
+        """Computed work of one image, in 10^9 multiply-accumulates."""
+        from sparsesam_jax import methods
+        from sparsesam_jax.work import encoder_work
+
+        if self.method is not None:
+            work = methods.work(config, *self.method)
+        elif self.group_update is not None:
+            work = self._grouped().work(config)
+        else:
+            work = encoder_work(config, self.sparsity)
+        return work.total / 1e9
+
+    @property
+    def program(self) -> simulated.Program | None:
+        """What its sparsity shares with others in a sweep; None for dense and other methods."""
+        from benchmarks import simulated
+
+        sparsity = self._kept()
+        update = None if self.group_update is None else self._grouped()
+        return None if sparsity is None else simulated.program(sparsity, update)
+
+    def knobs(self, config: ImageEncoderConfig) -> simulated.Knobs:
+        """What its sparsity keeps, for its `program`."""
+        from benchmarks import simulated
+
+        sparsity = self._kept()
+        assert sparsity is not None
+        update = None if self.group_update is None else self._grouped()
+        return simulated.knobs(config, sparsity, update)
+
+    def _kept(self) -> Sparsity | None:
+        """The sparsity, also of a method that is one."""
+        from sparsesam_jax import methods
+
+        return self.sparsity if self.method is None else methods.as_sparsity(*self.method)
+
+    def _grouped(self) -> Any:
+        from sparsesam_jax.methods.group_update import GroupUpdate
+
+        assert self.sparsity is not None
+        return GroupUpdate(1.0, sparsity=self.sparsity, **(self.group_update or {}))
 
 
-DENSE = Variant("dense", None)
+DENSE = Variant("dense")
 
 PRESETS: dict[str, tuple[str, Callable[[float], Sparsity]]] = {
     "default": ("Sparsity(r)", Sparsity),
@@ -83,30 +166,58 @@ def preset_variants(presets: Sequence[str], densities: Sequence[float]) -> list[
     return variants
 
 
-def read_variants(path: Path) -> list[Variant]:
-    """Variants from a JSON list of `{"name": ..., "sparsity": {fields of Sparsity}}`.
+def read_variants(*paths: Path) -> list[Variant]:
+    """Variants from JSON lists, one after the other.
+
+    An entry is `{"name": ..., "sparsity": {fields of Sparsity}}`, to which `"group_update": {fields
+    of GroupUpdate}` may be added, or `{"name": ..., "method": [name, density]}`.
 
     Raises:
-        ValueError: The file is no such list, or two entries share a name.
-        OSError: The file cannot be read.
+        ValueError: A file is no such list, or two entries share a name.
+        OSError: A file cannot be read.
     """
-    expected = f'{path} must be a JSON list of {{"name": ..., "sparsity": {{...}}}}'
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        pairs = [(entry["name"], entry["sparsity"]) for entry in entries]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{expected}: {error!r}") from error
-    variants = []
-    for name, fields in pairs:
-        try:
-            variants.append(Variant(str(name), Sparsity(**fields)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, {name}: {error}") from error
+    variants = [variant for path in paths for variant in _read(path)]
     names = [DENSE.name, *(variant.name for variant in variants)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{path} must give every variant a name of its own, got {twice} twice")
+        files = ", ".join(map(str, paths))
+        raise ValueError(f"{files} must give every variant a name of its own, got {twice} twice")
     return variants
+
+
+def _read(path: Path) -> list[Variant]:
+    expected = f'{path} must be a JSON list of {{"name": ..., "sparsity": {{...}}}}'
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        named = [(str(entry["name"]), {**entry}) for entry in entries]
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{expected}: {error!r}") from error
+    variants = []
+    for name, fields in named:
+        if {"sparsity", "method"} <= fields.keys() or not {"sparsity", "method"} & fields.keys():
+            raise ValueError(f"{expected} or of method instead of sparsity, {name} is neither")
+        try:
+            variants.append(_variant(**fields))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, {name}: {error}") from error
+    return variants
+
+
+def _variant(
+    *,
+    name: str,
+    sparsity: dict[str, Any] | None = None,
+    method: Sequence[Any] | None = None,
+    group_update: dict[str, Any] | None = None,
+) -> Variant:
+    if group_update is not None and sparsity is None:
+        raise ValueError("group_update must come with a sparsity, got none")
+    return Variant(
+        name,
+        None if sparsity is None else Sparsity(**sparsity),
+        None if method is None else (str(method[0]), float(method[1])),
+        group_update,
+    )
 
 
 def preset_table() -> Table:

@@ -1,4 +1,4 @@
-"""The command line: `sparsesam demo`, `segment`, `info` and `convert`.
+"""The command line: `sparsesam demo`, `segment`, `info`, `convert` and those of `cli_evaluate`.
 
 Whatever is wrong with the input is said in one line on standard error, with exit code 2, and then
 nothing is written. JAX is imported by the commands that compute.
@@ -18,13 +18,15 @@ import numpy as np
 import typer
 from typer.core import TyperCommand
 
+from sparsesam_jax import cli_evaluate
+
 # As pallas_kernels.implementation has it, which is slow to import; a test compares them.
 Implementation = Literal["auto", "xla", "mosaic_gpu"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 Weights = Annotated[str, typer.Option(help="vit_t (embedded) or a converted file.")]
 ImplementationOption = Annotated[
-    Implementation, typer.Option(help="Attention's program; auto is xla.")
+    Implementation, typer.Option(help="xla, the GPU kernels, or auto: those where they run.")
 ]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="What is computed in; the GPU kernels need 16 bits.")
@@ -277,6 +279,9 @@ def convert(
     command.command()(convert_command)
     code = command(args=arguments or [], prog_name="sparsesam convert", standalone_mode=False)
     raise typer.Exit(code or 0)
+
+
+cli_evaluate.register(app)
 
 
 class _Clock:

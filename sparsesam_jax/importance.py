@@ -47,7 +47,7 @@ def group_importance(
         return jnp.broadcast_to(draw, (*batch, num_groups))
     features = features.astype(jnp.float32)
     if importance == "sobel":
-        magnitude = _sobel_magnitude(features.reshape(*batch, *grid, -1)).reshape(*batch, -1)
+        magnitude = sobel_magnitude(features.reshape(*batch, *grid, -1)).reshape(*batch, -1)
         return _members(magnitude[..., None], order)[..., 0].mean(-1)
     if importance == "dispersion":
         return _dispersion(_members(features, order))
@@ -102,8 +102,10 @@ def _standardise(x: Array) -> Array:
     return (x - x.mean(-1, keepdims=True)) / (deviation + 1e-6)
 
 
-def _sobel_magnitude(features: Array) -> Array:
-    """Gradient magnitude of [*batch, rows, columns, C], mean over channels."""
+def sobel_magnitude(
+    features: Float[Array, "*batch rows columns C"],
+) -> Float[Array, "*batch rows columns"]:
+    """Magnitude of the features' Sobel gradient, mean over channels; the edge is replicated."""
     vertical, horizontal = (
         _filter(_filter(features, first, axis=-3), second, axis=-2)
         for first, second in (

@@ -1,0 +1,170 @@
+"""A sparse encoder that computes all and masks what is skipped: one program for all densities.
+
+Compilation is what a sweep waits for. Densities, rows of the MLP and what they are spent on are
+arguments here instead of shapes, so that variants which rank alike share a program. The results are
+those of the sparse encoder up to rounding (a test compares them); the speed is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import reference
+from sparsesam_jax import orders
+from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+from sparsesam_jax.image_encoder import Block, ImageEncoder
+from sparsesam_jax.methods.group_update import GroupUpdate, Skipped
+from sparsesam_jax.methods.sequences import (
+    Sequences,
+    block_sequences,
+    in_chunks,
+    position_bias,
+    product,
+    softmax,
+)
+from sparsesam_jax.plan import Plan, attention_layout, num_routed_tokens
+
+
+class Knobs(NamedTuple):
+    """What is kept, for every block.
+
+    Attributes:
+        bar: Key blocks of the bar, all of them for dense attention.
+        routed: Tokens with an MLP update of their own.
+        merged: Groups behind them that share one.
+    """
+
+    bar: Int[Array, " depth"]
+    routed: Int[Array, " depth"]
+    merged: Int[Array, " depth"]
+
+
+class Program(NamedTuple):
+    """What makes two variants one program.
+
+    Attributes:
+        ranking: The sparsity without its densities.
+        skipped: As in `GroupUpdate`; None if skipped tokens receive nothing.
+    """
+
+    ranking: Sparsity
+    skipped: Skipped | None
+
+
+def program(sparsity: Sparsity, update: GroupUpdate | None) -> Program:
+    """The program of a sparsity, perhaps with group updates."""
+    ranking = dataclasses.replace(
+        sparsity, density=1.0, attention_density=None, mlp_density=None, mlp_start=None
+    )
+    return Program(ranking, None if update is None else update.skipped)
+
+
+def knobs(config: ImageEncoderConfig, sparsity: Sparsity, update: GroupUpdate | None) -> Knobs:
+    """What they keep on the configuration's grid."""
+    grid = (config.grid_size, config.grid_size)
+    tokens = grid[0] * grid[1]
+    bar, routed, merged = [], [], []
+    for index in range(config.depth):
+        bar.append(attention_layout(config, sparsity, index, grid).num_bar_blocks)
+        if update is None:
+            count = num_routed_tokens(config, sparsity, index, grid)
+            routed.append(tokens if count is None else count)
+            merged.append(0)
+        else:
+            full, shared = update.groups(config, index, grid)
+            routed.append(full)
+            merged.append(shared)
+    return Knobs(*(jnp.array(values, jnp.int32) for values in (bar, routed, merged)))
+
+
+def encode(
+    encoder: ImageEncoder,
+    program: Program,
+    pixels: Float[Array, "B height width 3"],
+    knobs: Knobs,
+) -> Float[Array, "B Gh Gw out_chans"]:
+    """The features of a dense encoder's weights with what the knobs keep."""
+    config = encoder.config
+    x = encoder.embed(pixels)
+    plan = Plan(config, program.ranking, (x.shape[1], x.shape[2]), "xla")
+    for block in encoder.blocks:
+        index = block.index
+        window = None if config.is_global(index) else config.window_size
+        normed = block.norm1(x)
+        sequences, value_bias = block_sequences(block, normed, config.num_heads, window)
+        _rank(plan, sequences, x, window)
+        out = _attend(plan, sequences, window, knobs.bar[index]).swapaxes(1, 2)
+        if window:
+            out = reference.window_unpartition(out, window, (x.shape[0], x.shape[1], x.shape[2]))
+        out = out.reshape(*x.shape[:3], config.num_heads, -1) + value_bias
+        x = x + block.attn.proj(out.reshape(x.shape))
+        x = x + _mlp(plan, block, x, program.skipped, knobs.routed[index], knobs.merged[index])
+    return encoder.neck_features(x)
+
+
+def _rank(plan: Plan, sequences: Sequences, x: Array, window: int | None) -> None:
+    """Let the plan rank, at the first block of either kind."""
+    keys = sequences.k.swapaxes(1, 2)
+    if window:
+        keys = reference.window_unpartition(keys, window, (x.shape[0], x.shape[1], x.shape[2]))
+        plan.rank_windows(keys, sequences.key_bias[:, 0], x)
+    else:
+        keys = keys.reshape(*x.shape[:3], *keys.shape[2:])
+        plan.rank_grid(keys, sequences.key_bias[:, 0], x)
+
+
+def _attend(plan: Plan, sequences: Sequences, window: int | None, bar: Array) -> Array:
+    """Attention to the bar's blocks and, on the grid, to the query's own."""
+    assert plan.sparsity is not None
+    order = plan.window_order if window else plan.grid_sequence
+    assert order is not None
+    place = orders.inverse(order)
+    if window and place.ndim > 1:
+        place = place.reshape(-1, *place.shape[2:])
+    place = place.reshape(*place.shape[:-1], *(1,) * (3 - place.ndim), place.shape[-1])
+    block = place // plan.sparsity.block_size  # of every token, [S or 1, H or 1, N]
+    rank = block
+    if plan.block_order is not None and not window:
+        ranks = orders.inverse(plan.block_order)[:, None]
+        rank = jnp.take_along_axis(
+            ranks, jnp.broadcast_to(block, (*ranks.shape[:2], block.shape[-1])), -1
+        )
+    in_bar = (rank < bar)[:, :, None]
+
+    def attend(q: Array, rel_h: Array, rel_w: Array, own: Array) -> Array:
+        logits = product("shqd,shkd->shqk", q, sequences.k) * q.shape[-1] ** -0.5
+        logits = logits + position_bias(sequences, rel_h, rel_w)
+        computed = in_bar if window else in_bar | (own[..., None] == block[:, :, None])
+        weights = softmax(jnp.where(computed, logits, -jnp.inf))
+        return product("shqk,shkd->shqd", weights.astype(q.dtype), sequences.v)
+
+    out = in_chunks(attend, sequences.q, sequences.rel_h, sequences.rel_w, block)
+    return out.astype(sequences.q.dtype)
+
+
+def _mlp(
+    plan: Plan, block: Block, x: Array, skipped: Skipped | None, routed: Array, merged: Array
+) -> Array:
+    """The update of every token: its own, its group's, or none."""
+    update = block.mlp(block.norm2(x))
+    if plan.token_order is None:
+        return update
+    batch, count, d = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
+    rank = orders.inverse(plan.token_order).reshape(*x.shape[:3], 1)
+    update = jnp.where(rank < routed, update, 0)
+    if skipped is None:
+        return update
+    tokens = x.reshape(batch, count, d)
+    tokens = tokens if skipped == "mean_input" else block.norm2(tokens)
+    groups = jnp.take_along_axis(tokens, plan.token_order[..., None], axis=1)
+    groups = groups.reshape(batch, -1, orders.GROUP, d)
+    rows = groups[:, :, 0] if skipped == "first" else groups.mean(2)
+    shared = block.mlp(block.norm2(rows) if skipped == "mean_input" else rows)
+    group = rank[..., 0].reshape(batch, count) // orders.GROUP
+    shared = jnp.take_along_axis(shared, group[..., None], axis=1).reshape(x.shape)
+    end = routed + orders.GROUP * merged
+    return update + jnp.where((rank >= routed) & (rank < end), shared, 0)

@@ -1,0 +1,68 @@
+"""Masks and features of batches of photos from a model, by a protocol."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from sparsesam_jax.evaluation.datasets import Photo
+from sparsesam_jax.evaluation.protocols import Protocol, Query
+from sparsesam_jax.predictor import SamPredictor
+from sparsesam_jax.sam import Sam
+
+
+class Predictions(NamedTuple):
+    """What a model says of a batch of photos, without the batch's filling.
+
+    Attributes:
+        masks: One a photo, at the photo's size.
+        features: The image encoder's, [photos, Gh, Gw, C].
+        seconds: Wall time of the whole call.
+    """
+
+    masks: list[Bool[np.ndarray, "height width"]]
+    features: Float[Array, "photos Gh Gw C"]
+    seconds: float
+
+
+def predict(
+    sam: Sam,
+    photos: Sequence[Photo],
+    queries: Sequence[Query],
+    *,
+    protocol: Protocol,
+    batch: int,
+) -> Predictions:
+    """One mask a photo, in one call of the encoder and one of the decoder.
+
+    Args:
+        sam: The model.
+        photos: At most `batch`; a smaller number is filled up, because another one would compile
+            again.
+        queries: What `protocol` makes of each photo.
+        protocol: How logits become masks.
+        batch: Images of a call.
+    """
+    start = time.perf_counter()
+    filled = list(itertools.islice(itertools.cycle(queries), batch))
+    predictor = SamPredictor(sam)
+    predictor.set_image_batch([query.image for query in filled])
+    arguments = [query.prompt.arguments for query in filled]
+    logits, _, low_res = predictor.predict_batch(
+        [prompt["point_coords"] for prompt in arguments],
+        [prompt["point_labels"] for prompt in arguments],
+        [prompt["box"] for prompt in arguments],
+        multimask_output=False,
+        return_logits=True,
+    )
+    masks = [
+        protocol.mask(photo, whole[0], small[0])
+        for photo, whole, small in zip(photos, logits, low_res, strict=False)
+    ]
+    features = predictor.get_image_embedding()[: len(photos)].block_until_ready()
+    return Predictions(masks, features, time.perf_counter() - start)

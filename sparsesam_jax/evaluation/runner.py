@@ -1,0 +1,332 @@
+"""`sparsesam evaluate`: every method at every density on every image, resumable batch by batch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pallas_kernels.implementation import Implementation
+from sparsesam_jax import methods
+from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+from sparsesam_jax.evaluation import pictures, plots
+from sparsesam_jax.evaluation import summary as summaries
+from sparsesam_jax.evaluation.datasets import Pair, Photo, read_photo
+from sparsesam_jax.evaluation.metrics import boundary_iou, iou, relative_error
+from sparsesam_jax.evaluation.predict import Predictions, predict
+from sparsesam_jax.evaluation.prompts import PromptKind, check_kind
+from sparsesam_jax.evaluation.protocols import Protocol, make_protocol
+from sparsesam_jax.evaluation.rows import Row, RowFile
+from sparsesam_jax.evaluation.summary import Summary
+from sparsesam_jax.sam import Sam, locate
+from sparsesam_jax.weights import atomic_path
+from sparsesam_jax.work import encoder_work
+
+_READERS = 4  # threads that decode the photos of a batch
+
+
+class Candidate(NamedTuple):
+    """What is measured: a method by name at a density, or a `Sparsity` of one's own."""
+
+    method: str
+    density: float
+    sparsity: Sparsity | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the dense encoder, whatever it is called."""
+        return self.density == 1 and self.sparsity is None
+
+    def model(self, sam: Sam) -> Sam:
+        """The dense model with the method."""
+        if self.sparsity is not None:
+            return sam.with_sparsity(self.sparsity)
+        return sam if self.is_dense else methods.apply(sam, self.method, self.density)
+
+    def gmacs(self, config: ImageEncoderConfig) -> float:
+        """Counted work of one image, in 10^9 multiply-accumulates."""
+        if self.sparsity is not None or self.is_dense:
+            return encoder_work(config, self.sparsity).total / 1e9
+        return methods.work(config, self.method, self.density).total / 1e9
+
+
+DENSE = Candidate("dense", 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure and how.
+
+    Attributes:
+        candidates: Methods and densities, in the order of the summary.
+        out: Folder for the results.
+        weights: Name or path of the weights.
+        prompts: Kind of prompt, taken from the ground truth.
+        protocol: Name of the protocol.
+        batch: Images a call.
+        dtype: What is computed in; None is what the protocol has.
+        implementation: As for `Sam`.
+        resume: Whether to continue what `out` holds.
+    """
+
+    candidates: tuple[Candidate, ...]
+    out: Path
+    weights: str = "vit_t"
+    prompts: PromptKind = "box"
+    protocol: str = "sam"
+    batch: int = 8
+    dtype: str | None = None
+    implementation: Implementation = "auto"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_kind(self.prompts)
+        make_protocol(self.protocol, 1)
+        if self.batch < 1:
+            raise ValueError(f"batch must be positive, got {self.batch}")
+        names = [(candidate.method, candidate.density) for candidate in self.candidates]
+        if not names or len(names) != len(set(names)):
+            raise ValueError(f"every method and density must be given once, got {names}")
+        for candidate in self.candidates:
+            if candidate.sparsity is None:
+                methods.check(candidate.method, candidate.density)
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype, the protocol's where none was asked for."""
+        return self.dtype or ("float16" if self.protocol == "release" else "float32")
+
+
+class Report(NamedTuple):
+    """What a run found.
+
+    Attributes:
+        summaries: One a candidate.
+        problems: What was wrong with an image that was left out, by its name.
+    """
+
+    summaries: list[Summary]
+    problems: dict[str, str]
+
+
+class Evaluation:
+    """Photos, models and the rows that are measured so far.
+
+    Args:
+        options: What to measure.
+        pairs: The photos, in the order of their batches.
+
+    Raises:
+        ValueError: The weights, a method or a sparsity is not as it must be.
+    """
+
+    def __init__(self, options: Options, pairs: Sequence[Pair]):
+        self.options = options
+        self.pairs = list(pairs)
+        self.sam = Sam.from_pretrained(
+            options.weights, dtype=options.compute_dtype, implementation=options.implementation
+        )
+        self.config = self.sam.config.image_encoder
+        self.protocol: Protocol = make_protocol(options.protocol, self.config.image_size)
+        self.models = {
+            candidate: candidate.model(self.sam)
+            for candidate in (DENSE, *options.candidates)
+            if candidate == DENSE or not candidate.is_dense
+        }
+        self.problems: dict[str, str] = {}
+        self._compiled: set[Candidate] = set()
+
+    def measure(self, file: RowFile, advance: Callable[[Candidate, int], None]) -> None:
+        """Measure what `file` lacks; `advance` hears of every candidate and its images."""
+        size = self.options.batch
+        for start in range(0, len(self.pairs), size):
+            photos = self.read(self.pairs[start : start + size])
+            todo = [
+                candidate
+                for candidate in self.models
+                if any((*candidate[:2], photo.name) not in file.rows for photo in photos)
+            ]
+            found: list[Row] = []
+            if photos and todo:
+                dense = self.predict(DENSE, photos)
+                for candidate in self.models:
+                    if candidate in todo:
+                        new = dense if candidate == DENSE else self.predict(candidate, photos)
+                        found += self._rows(candidate, photos, new, dense)
+                    advance(candidate, len(self.pairs[start : start + size]))
+            else:
+                for candidate in self.models:
+                    advance(candidate, len(self.pairs[start : start + size]))
+            file.append(found)
+
+    def read(self, pairs: Sequence[Pair]) -> list[Photo]:
+        """The photos of pairs without a problem; problems are noted."""
+        photos = []
+        with ThreadPoolExecutor(_READERS) as pool:
+            for pair, result in zip(pairs, pool.map(_read, pairs), strict=True):
+                if isinstance(result, Photo):
+                    photos.append(result)
+                else:
+                    self.problems[pair.name] = result
+        return photos
+
+    def predict(self, candidate: Candidate, photos: Sequence[Photo]) -> Predictions:
+        """Masks and features of at most a batch of photos."""
+        queries = [self.protocol.query(photo, self.options.prompts) for photo in photos]
+        return predict(
+            self.models[candidate],
+            photos,
+            queries,
+            protocol=self.protocol,
+            batch=min(self.options.batch, len(self.pairs)),
+        )
+
+    def report(self, file: RowFile) -> Report:
+        """Summaries of what was measured.
+
+        Raises:
+            ValueError: Not one image was.
+        """
+        names = [pair.name for pair in self.pairs if pair.name not in self.problems]
+        if not names:
+            first = next(iter(self.problems.values()))
+            raise ValueError(f"at least one image must be usable, got {len(self.pairs)}: {first}")
+
+        def rows(candidate: Candidate) -> list[Row]:
+            key = DENSE if candidate.is_dense else candidate
+            return [file.rows[(*key[:2], name)] for name in names]
+
+        found = [
+            summaries.summarise(
+                rows(candidate),
+                rows(DENSE),
+                method=candidate.method,
+                density=candidate.density,
+                gmacs=candidate.gmacs(self.config),
+                mean_batch=self.protocol.mean_batch,
+            )
+            for candidate in self.options.candidates
+        ]
+        return Report(found, dict(self.problems))
+
+    def _rows(
+        self, candidate: Candidate, photos: Sequence[Photo], new: Predictions, dense: Predictions
+    ) -> Iterator[Row]:
+        errors = np.asarray(relative_error(new.features, dense.features))
+        compiled = candidate not in self._compiled
+        self._compiled.add(candidate)
+        for index, photo in enumerate(photos):
+            mask = new.masks[index]
+            yield Row(
+                method=candidate.method,
+                density=candidate.density,
+                prompts=self.options.prompts,
+                protocol=self.options.protocol,
+                image=photo.name,
+                iou=iou(mask, photo.mask),
+                boundary_iou=boundary_iou(mask, photo.mask),
+                agreement=iou(mask, dense.masks[index]),
+                feature_error=float(errors[index]),
+                seconds=new.seconds / min(self.options.batch, len(self.pairs)),
+                compiled=compiled,
+            )
+
+
+def run(options: Options, pairs: Sequence[Pair], console: Console) -> Report:
+    """Evaluate, write everything into `options.out`, print the table.
+
+    Writes `rows.csv` as it measures, then `summary.json`, `problems.json`, `quality.png` and one
+    picture a method with its best and worst images.
+
+    Raises:
+        ValueError: An argument is not as it must be, `out` holds another run, or no image is
+            usable.
+    """
+    plots.check_matplotlib()
+    evaluation = Evaluation(options, pairs)
+    out = options.out
+    if not out.absolute().parent.is_dir() or (out.exists() and not out.is_dir()):
+        raise ValueError(f"out must be a folder, or a new one in a folder, got {str(out)!r}")
+    _settle(options, pairs)
+    file = RowFile(out / "rows.csv", resume=options.resume)
+    total = len(evaluation.models) * len(pairs)
+    with _progress(console, total) as advance:
+        evaluation.measure(file, advance)
+    with atomic_path(out / "problems.json") as temporary:
+        temporary.write_text(json.dumps(evaluation.problems, indent=1) + "\n", "utf-8")
+    report = evaluation.report(file)
+    summaries.write(out / "summary.json", report.summaries)
+    plots.quality_by_density(report.summaries, out / "quality.png")
+    pictures.write_extremes(evaluation, file, out)
+    console.print(summaries.table(report.summaries))
+    return report
+
+
+def _settle(options: Options, pairs: Sequence[Pair]) -> None:
+    """Write down what rows of one file must share, or compare with what is written."""
+    settings: dict[str, Any] = {
+        "weights": options.weights,
+        "weights_bytes": locate(options.weights).stat().st_size,
+        "prompts": options.prompts,
+        "protocol": options.protocol,
+        "batch": options.batch,
+        "dtype": options.compute_dtype,
+        "implementation": options.implementation,
+        "sparsities": {
+            candidate.method: dataclasses.asdict(candidate.sparsity)
+            for candidate in options.candidates
+            if candidate.sparsity is not None
+        },
+        "images": [pair.name for pair in pairs],
+    }
+    path = options.out / "run.json"
+    settings = json.loads(json.dumps(settings))
+    if options.resume and path.exists():
+        earlier = json.loads(path.read_text("utf-8"))
+        for name, value in settings.items():
+            if earlier.get(name) != value:
+                raise ValueError(
+                    f"resume needs the {name} of the run in {options.out}, "
+                    f"got {_short(value)} instead of {_short(earlier.get(name))}"
+                )
+    options.out.mkdir(exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def _read(pair: Pair) -> Photo | str:
+    try:
+        return read_photo(pair)
+    except ValueError as error:
+        return str(error)
+
+
+@contextlib.contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[Candidate, int], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("compiling", total=total)
+
+        def advance(candidate: Candidate, images: int) -> None:
+            text = f"{candidate.method} {candidate.density:g}"
+            progress.update(task, description=text, advance=images)
+
+        yield advance

@@ -1,0 +1,69 @@
+"""What a method is, and an encoder that runs its blocks by one."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sparsesam_jax.config import ImageEncoderConfig
+from sparsesam_jax.image_encoder import ImageEncoder
+from sparsesam_jax.sam import Sam
+from sparsesam_jax.work import EncoderWork
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
+    """A training-free change of how the encoder's blocks are applied.
+
+    Attributes:
+        density: Share of the work that is kept, in (0, 1); each method says which work.
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must lie in (0, 1], got {self.density}")
+
+    @abc.abstractmethod
+    def block_outputs(self, encoder: ImageEncoder, x: Float[Array, "B Gh Gw d"]) -> list[Array]:
+        """The tokens after every block, each [B, Gh, Gw, d].
+
+        Args:
+            encoder: Whose blocks are applied.
+            x: The tokens before the first.
+        """
+
+    @abc.abstractmethod
+    def work(self, config: ImageEncoderConfig) -> EncoderWork:
+        """Multiply-accumulates of one image, what the method itself adds included."""
+
+
+class MethodEncoder(ImageEncoder):
+    """An image encoder whose blocks are applied by a method; it shares the other's parameters."""
+
+    def __init__(self, encoder: ImageEncoder, method: Method):
+        nnx.Module.__init__(self)
+        self.config = encoder.config
+        self.dtypes = encoder.dtypes
+        self.implementation = encoder.implementation
+        self.sparsity = None
+        self.patch_embed = encoder.patch_embed
+        self.pos_embed = encoder.pos_embed
+        self.blocks = encoder.blocks
+        self.neck = encoder.neck
+        self.method = method
+
+    def block_outputs(self, pixels: Float[Array, "B height width 3"]) -> list[Array]:
+        """The tokens after every block, each [B, Gh, Gw, d]."""
+        return self.method.block_outputs(self, self.embed(pixels))
+
+
+def with_method(sam: Sam, method: Method) -> Sam:
+    """The same model, sharing its parameters, with its encoder's blocks applied by a method."""
+    model = sam.with_sparsity(None)
+    model.image_encoder = MethodEncoder(model.image_encoder, method)
+    return model
