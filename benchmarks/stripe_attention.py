@@ -4,8 +4,8 @@
 
 Random normal inputs, fresh every run. Each case is first compared, on the last image's first and
 last head, with a float32 reference of the same rounded inputs. Times are medians over loops inside
-one program, of the kernel alone and of the whole function, which also computes the position bias
-in XLA. TFLOP/s are the kernel's and count 4 B H D times the (query, key) pairs of the computed
+one program, of the kernel alone and of the whole function, which also computes the position bias.
+TFLOP/s are the kernel's and count 4 B H D times the (query, key) pairs of the computed
 blocks, without the products of the bias.
 """
 
@@ -26,7 +26,7 @@ from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.stripe_attention import mosaic_stripe_attention
 from pallas_kernels.stripe_kernel import CONFIGS, Config, Statics, launch
 from pallas_kernels.tiles import step_table
-from sparsesam_jax.orders import curve_order
+from sparsesam_jax.orders import GROUP, curve_order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,11 @@ class Arguments(NamedTuple):
     block_order: Any
 
 
+def stripes(side: int) -> np.ndarray:
+    """Token 0 of every group of the Morton curve, then token 1 of every group, and so on."""
+    return curve_order("morton", side, side).reshape(-1, GROUP).T.ravel()
+
+
 def inputs(case: Case, seed: int) -> Arguments:
     """Random arguments."""
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -93,15 +98,15 @@ def inputs(case: Case, seed: int) -> Arguments:
     # q . table is then a bias of variance `bias`^2.
     scale = case.bias * case.head_dim**-0.5
     shape = (2, case.side, case.side, case.head_dim)
-    tables = (jax.random.normal(keys[1], shape) * scale).astype(case.dtype)
-    sequence = curve_order("morton", case.side, case.side).reshape(-1, 4).T.ravel()
+    by_row, by_col = (jax.random.normal(keys[1], shape) * scale).astype(case.dtype)
+    sequence = stripes(case.side)
     blocks = None
     if case.order == "blocks":
         blocks = _ranks((case.batch,), case.layout.num_kv_blocks, keys[2])
     elif case.order != "tiles":
         lead = (case.batch, case.num_heads)[: 2 if case.order == "heads" else 1]
         sequence = jnp.asarray(sequence)[_ranks(lead, len(sequence), keys[3])]
-    return Arguments(qkv, *tables, sequence, blocks)
+    return Arguments(qkv, by_row, by_col, sequence, blocks)
 
 
 def _ranks(lead: tuple[int, ...], size: int, key: jax.Array) -> jax.Array:
@@ -156,18 +161,18 @@ def plan(case: Case, config: Config | None) -> gpu_table.Programs:
 
     def whole(arrays: Arguments) -> jax.Array:
         *positional, block_order = bound(arrays)
-        options = dict(layout=case.layout, block_order=block_order, config=config)
-        return mosaic_stripe_attention(*positional, **options)
+        options: dict[str, Any] = dict(block_order=block_order, config=config)
+        return mosaic_stripe_attention(*positional, layout=case.layout, **options)
 
     def prepare(arrays: Arguments) -> tuple[Any, ...]:
         nonlocal statics
-        *positional, block_order = bound(arrays)
-        prepared = stripe_attention._prepare(*positional, case.layout)
+        arrays = bound(arrays)
+        prepared = stripe_attention._prepare(*arrays[:4], case.layout)
         used = config or prepared.fitting_config()
         assert used is not None, "no configuration fits"
         streamed = prepared.operands.onehot is not None
         statics = Statics(case.layout, used, prepared.tiling, streamed, case.num_heads, False)
-        table = step_table(prepared.tile_of_block, case.layout, block_order, used.block_kv)
+        table = step_table(prepared.tile_of_block, case.layout, arrays.block_order, used.block_kv)
         return prepared.qkv, prepared.operands, table
 
     pairs = float(case.layout.block_mask.sum()) * case.layout.block_q * case.layout.block_kv

@@ -1,31 +1,29 @@
 """Correctness, then speed, of the window attention kernel on this machine's GPU.
 
-    python -m benchmarks.window_attention [--out results.jsonl] [--configs] [--only 0 1 ...]
+    python -m benchmarks.window_attention [--out results.jsonl] [--only B8 head] [--configs]
 
 Random normal inputs, fresh every run. Each case is first compared, on the last image's first and
-last head, with a float32 reference of the same rounded inputs; times are medians over groups of
-launches, with whatever the kernel's caller does in XLA (padding rel, masking the bar). TFLOP/s
-count 4 D times the (query, key) pairs of real queries and all keys of their window, without the
-products of the bias; GB/s count every input and output once.
+last head, with a float32 reference of the same rounded inputs. Times are medians over loops inside
+one program, of the kernel alone and of the whole function, which also computes the position bias.
+TFLOP/s are the kernel's and count 4 D times the (query, key) pairs of real queries and all keys of
+their window or bar, without the products of the bias.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import reference
+from benchmarks import gpu_table
+from pallas_kernels import reference, window_attention
 from pallas_kernels.block_layout import BlockLayout
-from pallas_kernels.window_attention import mosaic_window_attention
-from pallas_kernels.window_kernel import CONFIGS, Config
+from pallas_kernels.window_kernel import CONFIGS, Config, launch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +38,11 @@ class Case:
     density: float = 1.0
     order: str = "static"
     dtype: str = "bfloat16"
-    rel_dtype: str = "bfloat16"
-    rel_columns: int = 14
     bias: float = 1.0
+
+    def __str__(self) -> str:
+        sizes = f"B{self.batch} S{self.side} H{self.num_heads} D{self.head_dim} w{self.window_size}"
+        return f"{sizes} r{self.density} {self.order} {self.dtype}"
 
     @property
     def layout(self) -> BlockLayout:
@@ -57,144 +57,93 @@ class Case:
 
 CASES = [
     Case(),
-    Case(rel_columns=16),
-    Case(rel_dtype="float32"),
-    Case(dtype="float16", rel_dtype="float16"),
+    Case(dtype="float16"),
     Case(head_dim=80),
-    Case(head_dim=80, rel_columns=16),
     Case(density=0.3),
-    Case(density=0.3, rel_columns=16, order="head"),
+    Case(density=0.3, order="head"),
     Case(batch=1),
-    Case(batch=1, rel_columns=16),
+    Case(batch=1, density=0.3),
     Case(batch=1, side=128),
 ]
 
 
-def inputs(case: Case, seed: int) -> tuple[jax.Array, ...]:
-    """q, k, v, rel_h, rel_w and, unless it is static, the order."""
-    keys = jax.random.split(jax.random.key(seed), 6)
-    shape = (case.batch, case.side, case.side, case.num_heads, case.head_dim)
-    q, k, v = (jax.random.normal(key, shape, case.dtype) for key in keys[:3])
-    rel = [
-        (jax.random.normal(key, (*shape[:4], case.window_size)) * case.bias).astype(case.rel_dtype)
-        for key in keys[3:5]
-    ]
-    if case.rel_columns > case.window_size:
-        unused = (0, case.rel_columns - case.window_size)
-        rel = [jnp.pad(x, ((0, 0),) * 4 + (unused,)) for x in rel]
+class Arguments(NamedTuple):
+    """Arguments of `mosaic_window_attention`; `order` is static where it is numpy."""
+
+    qkv: Any
+    rel_pos_h: Any
+    rel_pos_w: Any
+    order: Any
+
+
+def static_order(window_size: int) -> np.ndarray:
+    """An order of a window's tokens, the same for every window and call."""
+    return np.random.default_rng(0).permutation(window_size**2).astype(np.int32)
+
+
+def inputs(case: Case, seed: int) -> Arguments:
+    """Random arguments."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shape = (case.batch, case.side, case.side, 3, case.num_heads, case.head_dim)
+    qkv = jax.random.normal(keys[0], shape, case.dtype)
+    # q . table is then a bias of variance `bias`^2.
+    scale = case.bias * case.head_dim**-0.5
+    shape = (2, case.side, case.window_size, case.head_dim)
+    by_row, by_col = (jax.random.normal(keys[1], shape) * scale).astype(case.dtype)
     if case.order == "static":
-        return (q, k, v, *rel)
+        return Arguments(qkv, by_row, by_col, static_order(case.window_size))
     lead = (case.batch, case.windows, case.num_heads)[: 3 if case.order == "head" else 2]
-    draws = jax.random.uniform(keys[5], (*lead, case.window_size**2))
-    return (q, k, v, *rel, jnp.argsort(draws, axis=-1).astype(jnp.int32))
+    draws = jax.random.uniform(keys[2], (*lead, case.window_size**2))
+    return Arguments(qkv, by_row, by_col, jnp.argsort(draws, axis=-1).astype(jnp.int32))
 
 
-def order_of(case: Case, arrays: tuple[jax.Array, ...]) -> Any:
-    """The order that `arrays` hold, or the static one."""
-    if case.order != "static":
-        return arrays[5]
-    return np.random.default_rng(0).permutation(case.window_size**2).astype(np.int32)
-
-
-def compile_case(case: Case, config: Config | None, arrays: tuple[jax.Array, ...]) -> Any:
-    """The kernel as a compiled function of all arrays."""
-
-    def run(*arrays: jax.Array) -> jax.Array:
-        return mosaic_window_attention(
-            *arrays[:5],
-            window_size=case.window_size,
-            layout=case.layout,
-            order=order_of(case, arrays),
-            config=config,
-        )
-
-    return jax.jit(run).lower(*arrays).compile()
-
-
-def relative_error(case: Case, out: jax.Array, arrays: tuple[jax.Array, ...]) -> float:
+def relative_error(case: Case, out: jax.Array, arguments: Arguments) -> float:
     """Frobenius error of the last image's first and last head against float32."""
-    heads = jnp.array([0, case.num_heads - 1])
-    pick = [x[-1:, :, :, heads].astype(jnp.float32) for x in arrays[:5]]
-    pick[3:] = [x[..., : case.window_size] for x in pick[3:]]
-    order = order_of(case, arrays)
-    if case.order != "static":
-        order = order[-1:, :, heads] if case.order == "head" else order[-1:]
-    want = jax.jit(
-        lambda *x: reference.window_attention(
-            *x, window_size=case.window_size, layout=case.layout, order=order
-        )
-    )(*pick)
-    got = out[-1:, :, :, heads].astype(jnp.float32)
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+    heads = np.array(sorted({0, case.num_heads - 1}))
+    qkv, *tables = (x.astype(jnp.float32) for x in arguments[:3])
+    order = arguments.order if case.order == "static" else arguments.order[-1:]
+    order = order[:, :, heads] if case.order == "head" else order
+    options: dict[str, Any] = dict(window_size=case.window_size, layout=case.layout, order=order)
+
+    @jax.jit
+    def attend(qkv: jax.Array, *tables: jax.Array) -> jax.Array:
+        q, k, v = (qkv[:, :, :, i] for i in range(3))
+        rel = reference.relative_position(q, *tables)
+        return reference.window_attention(q, k, v, *rel, **options)
+
+    want = attend(qkv[-1:, :, :, :, heads], *tables)
+    return gpu_table.frobenius_error(out[-1:, :, :, heads], want)
 
 
-def median_seconds(run: Any, groups: int = 9, launches: int = 20) -> tuple[float, float]:
-    """Median and spread (max - min) of the time of one launch over groups of launches."""
-    jax.block_until_ready(run())
-    times = []
-    for _ in range(groups):
-        start = time.perf_counter()
-        jax.block_until_ready([run() for _ in range(launches)][-1])
-        times.append((time.perf_counter() - start) / launches)
-    return statistics.median(times), max(times) - min(times)
+def plan(case: Case, config: Config | None) -> gpu_table.Programs:
+    """The whole function and its kernel on fresh inputs."""
+    arguments = inputs(case, seed=time.time_ns() % 2**31)
+    is_static, statics = case.order == "static", None
+    options: dict[str, Any] = dict(window_size=case.window_size, layout=case.layout, config=config)
 
+    def whole(arrays: Arguments) -> Any:
+        order = arguments.order if is_static else arrays.order
+        return window_attention.mosaic_window_attention(*arrays[:3], order=order, **options)
 
-def measure(case: Case, config: Config | None) -> dict[str, Any]:
-    """Error and speed of one case."""
-    arrays = inputs(case, seed=time.time_ns() % 2**31)
-    compiled = compile_case(case, config, arrays)
-    out = compiled(*arrays)
-    error = relative_error(case, out, arrays)
-    seconds, spread = median_seconds(lambda: compiled(*arrays))
+    def prepare(arrays: Arguments) -> tuple[Any, ...]:
+        """What the function hands to `launch`."""
+        nonlocal statics
+        with mock.patch.object(window_attention, "launch", lambda *operands: operands):
+            statics, *operands = whole(arrays)
+        return tuple(operands)
+
     pairs = case.batch * case.num_heads * case.side**2 * case.layout.bar_len
-    moved = sum(x.nbytes for x in (*arrays, out))
-    return dict(
-        error=error,
-        ms=seconds * 1e3,
-        spread_ms=spread * 1e3,
-        tflops=4 * case.head_dim * pairs / seconds / 1e12,
-        gb_per_s=moved / seconds / 1e9,
+    return gpu_table.Programs(
+        whole=whole,
+        prepare=prepare,
+        kernel=lambda operands: launch(statics, *operands),
+        arrays=arguments._replace(order=None) if is_static else arguments,
+        error=lambda out: relative_error(case, out, arguments),
+        flops=4.0 * case.head_dim * pairs,
     )
 
 
-def main() -> None:
-    """Check, time and print every case; append JSON lines to `--out`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", help="file for JSON lines")
-    parser.add_argument("--configs", action="store_true", help="every configuration that fits")
-    parser.add_argument("--only", type=int, nargs="*", help="indices of cases")
-    options = parser.parse_args()
-    cases = CASES if options.only is None else [CASES[i] for i in options.only]
-    device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}")
-    alone = [dataclasses.replace(config, take_turns=False) for config in CONFIGS]
-    for case in cases:
-        for config in [*CONFIGS, *alone] if options.configs else [None]:
-            record = dict(device=device, jax=jax.__version__, **dataclasses.asdict(case))
-            if config is not None:
-                record |= dataclasses.asdict(config)
-            try:
-                record |= measure(case, config)
-            except Exception as error:  # a configuration may not fit: the table says so
-                print(case, config, "failed:", str(error)[:300], flush=True)
-                continue
-            changed = [
-                f"{field.name}={value}"
-                for x in (case, config)
-                if x is not None
-                for field in dataclasses.fields(x)
-                if (value := getattr(x, field.name)) != field.default
-            ]
-            print(
-                f"{' '.join(changed) or 'default'}: {record['ms']:.4f} ms "
-                f"+- {record['spread_ms']:.4f}, {record['tflops']:.0f} TFLOP/s, "
-                f"{record['gb_per_s']:.0f} GB/s, error {record['error']:.2e}",
-                flush=True,
-            )
-            if options.out:
-                with open(options.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    # Turns have no effect where an operand has one stage.
+    configs = (*CONFIGS, Config(take_turns=False))
+    gpu_table.main("Window attention: the kernel and the whole function", plan, CASES, configs)

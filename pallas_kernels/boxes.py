@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
@@ -31,3 +32,18 @@ def as_box(smem: Any, index: tuple[Any, ...], shape: tuple[int, int]) -> Any:
     unswizzle, _ = smem.transforms
     plain = dataclasses.replace(smem, transforms=(unswizzle,)).reshape(*smem.shape)
     return plain.at[index].reshape(*shape, smem.shape[-1])
+
+
+def map_boxes(
+    gmem: Any, smem: Any, corner: tuple[Any, Any, Any], columns: Any, slot: Any, shape: Any
+) -> Any:
+    """A box of `shape` = (rows, w) of the feature map beside the rows of `smem` that it fills."""
+    image, row, col = corner
+    rows, w, interpret = shape
+    if interpret:  # has no reshaped references
+        for r in range(rows):
+            window_row = gmem.at[image, row + r, pl.ds(col, w), *columns]
+            yield window_row, smem.at[slot, pl.ds(r * w, w)]
+    else:
+        box = as_box(smem, (slot, pl.ds(0, rows * w)), (rows, w))
+        yield gmem.at[image, pl.ds(row, rows), pl.ds(col, w), *columns], box

@@ -5,8 +5,7 @@
   parts of Mosaic GPU that the kernels use) on a GPU of compute capability 9.x (Hopper: the kernels
   are built on wgmma), for the dtypes, head dims, grids and orders that each kernel lists. Anything
   else is an error that says what is in the way.
-- `"auto"` is XLA for now: not every path of the kernels has run on a GPU yet, so they are for those
-  who ask for them by name.
+- `"auto"` is the kernel wherever it runs, else XLA.
 """
 
 from __future__ import annotations
@@ -55,12 +54,14 @@ def resolve(
     if implementation not in get_args(Implementation):
         expected = ", ".join(get_args(Implementation))
         raise ValueError(f"implementation must be one of {expected}; got {implementation!r}")
-    if implementation in ("auto", "xla"):
+    if implementation == "xla":
         return "xla"
     device = device_problem()
     all_problems = [*([device] if device else []), *problems]
     if not all_problems:
         return "mosaic_gpu"
+    if implementation == "auto":
+        return "xla"
     raise ValueError(
         f'implementation="mosaic_gpu" is unsupported for {function}: {"; ".join(all_problems)}'
     )

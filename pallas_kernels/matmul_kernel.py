@@ -1,5 +1,6 @@
-"""The MLP's matrix products: one persistent kernel with the rest of the layer in its epilogue.
+"""A block's matrix products: one persistent kernel with the rest of the layer in its epilogue.
 
+    bias:  out[m] = a[m] @ b + bias
     gelu:  out[m] = GELU(a[m] @ b + bias),  GELU(x) = x Phi(x) = x (1 + erf(x / sqrt(2))) / 2
     add:   x[rows[m]] += a[m] @ b + bias,   in place; other rows of x are neither read nor written
 
@@ -27,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-# What an epilogue does; the first two serve to measure what the others cost.
+# What an epilogue does; the first serves to measure what the others cost.
 Epilogue = Literal["none", "bias", "gelu", "add"]
 
 COLUMNS = 64  # of a tile in shared memory: rows of 128 bytes, the TMA's widest swizzle
@@ -356,7 +357,7 @@ def launch(
         cluster_names=("cluster",),
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
-        kernel_name=f"mlp_matmul_{epilogue}",
+        kernel_name=f"matmul_{epilogue}",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane

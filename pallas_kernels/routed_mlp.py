@@ -8,7 +8,6 @@ and the second with bias, residual and scatter (`matmul_kernel`).
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,30 +17,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference
 from pallas_kernels.implementation import Implementation, resolve
 from pallas_kernels.matmul_kernel import Config
+from pallas_kernels.matmul_tuning import TO_OUTPUT, TO_RESIDUAL, fitting_config, padded
 from pallas_kernels.mlp_weights import MLPWeights
 
-# Rows of the compact buffers come in multiples of this: every tile's rows divide it.
-ROW_MULTIPLE = 256
 GATHER_ROWS = 16  # rows of a block of threads of gather + LayerNorm
-
-# Tilings by the rows of a product, up to which they hold, measured on an NVIDIA H200 in bfloat16 at
-# d = 1024 (`python -m benchmarks.routed_mlp`); the first that fits is taken. TFLOP/s, epilogue
-# included: 1229, 4096, 9832 and 32768 rows are densities 0.3 and 1 at batch 1 and 8.
-_PINGPONG = Config(cluster=2)
-_SHARED = Config(tile_n=256, num_slots=1, take_turns=False)
-_ANY = (_PINGPONG, Config(), Config(tile_n=64))
-CONFIGS1: dict[float, tuple[Config, ...]] = {  # bias and GELU
-    2048: (Config(tile_m=64, num_stages=6), *_ANY),  # 366
-    6144: (_SHARED, *_ANY),  # 540, ping-pong 484
-    16384: _ANY,  # 585, shared 540
-    math.inf: (Config(cluster=2, group_m=32), *_ANY),  # 625, groups of 16 580, shared 557
-}
-CONFIGS2: dict[float, tuple[Config, ...]] = {  # bias, residual and scatter
-    2048: (Config(), *_ANY),  # 337
-    6144: (_SHARED, *_ANY),  # 664, ping-pong 443
-    16384: (Config(tile_m=64, tile_n=256, num_stages=5, num_slots=1), *_ANY),  # 607, 128 x 128 593
-    math.inf: (_SHARED, *_ANY),  # 676, ping-pong 636
-}
 
 
 class Statics(NamedTuple):
@@ -58,19 +37,6 @@ class Statics(NamedTuple):
     config1: Config
     config2: Config
     interpret: Any
-
-
-def fitting_config(
-    table: dict[float, tuple[Config, ...]], m: int, n: int, k: int
-) -> Config | None:
-    """The first tiling of a table that fits a product of [m, k] and [k, n]."""
-    configs = next(configs for rows, configs in table.items() if m <= rows)
-    return next((config for config in configs if config.fits(m, n, k)), None)
-
-
-def padded(num_rows: int) -> int:
-    """Rows of the compact buffers for so many tokens."""
-    return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _check(x: Array, weights: MLPWeights) -> None:
@@ -221,8 +187,8 @@ def _statics(
 ) -> Statics:
     d, h = weights.kernel1.shape
     config1, config2 = configs or (
-        fitting_config(CONFIGS1, num_rows, h, d),
-        fitting_config(CONFIGS2, num_rows, d, h),
+        fitting_config(TO_OUTPUT, num_rows, h, d),
+        fitting_config(TO_RESIDUAL, num_rows, d, h),
     )
     assert config1 and config2, "a tile of 128 x 64 fits every width that is checked for"
     return Statics(epsilon, config1, config2, interpret)

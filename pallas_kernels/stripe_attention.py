@@ -6,7 +6,9 @@ The public function, which runs as plain XLA (`reference`) or as the Mosaic GPU 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +20,11 @@ from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import Implementation, resolve
 from pallas_kernels.stripe_kernel import CONFIGS, Config, Operands, Statics, launch
+from pallas_kernels.tile_position import supports_tiles, tile_position
 from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, find_tiling, step_table
 
 Sequence = Array | np.ndarray  # static where it is a numpy array
+TileBias = Callable[[Array, Array, Array, Tiling], tuple[Array, Array]]
 
 
 class _Prepared(NamedTuple):
@@ -29,12 +33,14 @@ class _Prepared(NamedTuple):
     Attributes:
         tiling: Which tokens make a block.
         tile_of_block: Tile of every block of the layout.
+        sequence: The order of the tokens that the arrays have; None for tiles, which have none.
         qkv: [B, Gh, Gw, 3 H, D] as the tiling views it.
         operands: The position bias.
     """
 
     tiling: Tiling
     tile_of_block: np.ndarray
+    sequence: Sequence | None
     qkv: Array
     operands: Operands
 
@@ -53,32 +59,13 @@ class _Prepared(NamedTuple):
         return None
 
 
-def _prepare(
-    qkv: Array,
-    rel_pos_h: Array,
-    rel_pos_w: Array,
-    sequence: Sequence | None,
-    layout: BlockLayout,
-) -> _Prepared:
-    grid = qkv.shape[1:3]
-    is_static = sequence is None or isinstance(sequence, np.ndarray)
-    found = find_tiling(grid, sequence, layout) if is_static else None
-    if found is not None:
-        return _prepare_tiles(qkv, rel_pos_h, rel_pos_w, *found)
-    assert sequence is not None, "raster order is static"
-    return _prepare_sequence(qkv, rel_pos_h, rel_pos_w, sequence)
-
-
-def _prepare_tiles(
-    qkv: Array, rel_pos_h: Array, rel_pos_w: Array, tiling: Tiling, tile_of_block: np.ndarray
-) -> _Prepared:
-    batch, height, width, _, heads, head_dim = qkv.shape
+def _xla_tile_bias(qkv: Array, by_row: Array, by_col: Array, tiling: Tiling) -> tuple[Array, Array]:
+    """`Operands.rel_h` and `rel_w` of tiles, from tables with key coordinates sorted by parity."""
+    batch, height, _, _, heads, head_dim = qkv.shape
     stride, tile_rows, tile_cols = tiling.stride, tiling.rows // SIDE, tiling.cols // SIDE
     q = qkv[:, :, :, 0]
     q = q.reshape(batch, tile_rows, SIDE, stride, tile_cols, SIDE, stride, heads, head_dim)
-    by_row = rel_pos_h[:, tiling.by_parity(height)]
     by_row = by_row.reshape(tile_rows, SIDE, stride, height, head_dim)
-    by_col = _whole_chunks(rel_pos_w[:, tiling.by_parity(width)])
     by_col = by_col.reshape(tile_cols, SIDE, stride, -1, CHUNK, head_dim)
     # r, c: tile; p, w: parity of its rows and columns; y, x: token in it; i: key row; k, j: chunk
     # of key columns and column in it.
@@ -88,8 +75,54 @@ def _prepare_tiles(
     root = math.sqrt(head_dim)  # in the units of q . k, which the softmax scales
     rel_h = (rel_h * root).reshape(-1, height, BLOCK)
     rel_w = (rel_w * root).astype(qkv.dtype).reshape(-1, by_col.shape[3], BLOCK, CHUNK)
+    return rel_h, rel_w
+
+
+def _mosaic_tile_bias(
+    qkv: Array, by_row: Array, by_col: Array, tiling: Tiling, **options: Any
+) -> tuple[Array, Array]:
+    """The same, as a kernel where it fits in shared memory; `options` are those of the kernel."""
+    batch, height, width, _, heads, head_dim = qkv.shape
+    if not supports_tiles((height, width), head_dim):
+        return _xla_tile_bias(qkv, by_row, by_col, tiling)
+    tables = by_row[tiling.by_parity(height)], by_col[tiling.by_parity(width)]
+    view = tiling.view(qkv.reshape(batch, height, width, 3 * heads, head_dim))
+    return tile_position(view, *tables, tiling=tiling, num_heads=heads, **options)
+
+
+def _prepare(
+    qkv: Array,
+    rel_pos_h: Array,
+    rel_pos_w: Array,
+    sequence: Sequence | None,
+    layout: BlockLayout,
+    tile_bias: TileBias = _xla_tile_bias,
+) -> _Prepared:
+    grid = qkv.shape[1:3]
+    if sequence is None or layout.is_dense:  # all keys meet all queries in any order
+        sequence = np.arange(layout.seq_len, dtype=np.int32)
+    if isinstance(sequence, np.ndarray) and sequence.ndim == 1:
+        found = find_tiling(grid, sequence, layout)
+        if found is not None:
+            tiling, tile_of_block = found
+            return _prepare_tiles(qkv, rel_pos_h, rel_pos_w, tiling, tile_of_block, tile_bias)
+    return _prepare_sequence(qkv, rel_pos_h, rel_pos_w, sequence)
+
+
+def _prepare_tiles(
+    qkv: Array,
+    rel_pos_h: Array,
+    rel_pos_w: Array,
+    tiling: Tiling,
+    tile_of_block: np.ndarray,
+    tile_bias: TileBias,
+) -> _Prepared:
+    batch, height, width, _, heads, head_dim = qkv.shape
+    by_row = rel_pos_h[:, tiling.by_parity(height)]
+    by_col = _whole_chunks(rel_pos_w[:, tiling.by_parity(width)])
+    rel_h, rel_w = tile_bias(qkv, by_row, by_col, tiling)
     flat = tiling.view(qkv.reshape(batch, height, width, 3 * heads, head_dim))
-    return _Prepared(tiling, tile_of_block, flat, Operands(rel_h, rel_w))
+    return _Prepared(tiling, tile_of_block, None, flat, Operands(rel_h, rel_w))
 
 
 def _prepare_sequence(
@@ -114,7 +147,7 @@ def _prepare_sequence(
     flat = jnp.concatenate([view(qkv[:, :, :, i]) for i in range(3)], axis=3)
     operands = Operands(tiling.view(view(rel_h)), tiling.view(view(rel_w)), onehot)
     tile_of_block = np.arange(tiling.num_tiles, dtype=np.int32)
-    return _Prepared(tiling, tile_of_block, tiling.view(flat), operands)
+    return _Prepared(tiling, tile_of_block, sequence, tiling.view(flat), operands)
 
 
 def _whole_chunks(rel_pos: Array) -> Array:
@@ -160,15 +193,14 @@ def _problems(
     if problems:
         return problems
 
-    def arrays_of(*arrays: Any) -> Any:
-        return _prepare(*arrays, layout)[2:]
+    def operands(qkv: Array, rel_pos_h: Array, rel_pos_w: Array, traced: Any) -> Any:
+        order = sequence if traced is None else traced
+        prepared = _prepare(qkv, rel_pos_h, rel_pos_w, order, layout)
+        return prepared.qkv, prepared.operands
 
-    static = None if isinstance(sequence, np.ndarray) else sequence
-    shapes = jax.eval_shape(
-        lambda *arrays: arrays_of(*arrays[:3], sequence if arrays[3] is None else arrays[3]),
-        *(qkv, rel_pos_h, rel_pos_w, static),
-    )
-    if _Prepared(Tiling(0, 0, 1), np.zeros(0), *shapes).fitting_config() is None:
+    traced = None if isinstance(sequence, np.ndarray) else sequence
+    shapes = jax.eval_shape(operands, qkv, rel_pos_h, rel_pos_w, traced)
+    if _Prepared(Tiling(0, 0, 1), np.zeros(0), None, *shapes).fitting_config() is None:
         problems.append(
             "head_dim and the sides of the map must fit in shared memory, got "
             f"head_dim {head_dim} and {height} x {width} tokens"
@@ -228,11 +260,13 @@ def stripe_attention(
     if block_order is not None and block_order.shape != (batch, layout.num_kv_blocks):
         expected = (batch, layout.num_kv_blocks)
         raise ValueError(f"block_order must have shape {expected}, got {block_order.shape}")
-    arrays = (qkv, rel_pos_h, rel_pos_w, sequence)
-    problems = [] if implementation == "xla" else _problems(*arrays, layout)
+    problems = []
+    if implementation != "xla":
+        problems = _problems(qkv, rel_pos_h, rel_pos_w, sequence, layout)
     chosen = resolve(implementation, function="stripe_attention", problems=problems)
     program = mosaic_stripe_attention if chosen == "mosaic_gpu" else _xla_stripe_attention
-    return program(*arrays, layout=layout, block_order=block_order)
+    options = {"layout": layout, "block_order": block_order}
+    return program(qkv, rel_pos_h, rel_pos_w, sequence, **options)
 
 
 def _xla_stripe_attention(
@@ -273,15 +307,15 @@ def mosaic_stripe_attention(
     interpret: Any = False,
 ) -> Array:
     """The kernel on checked arguments; `config` and `interpret` are for tests and tuning."""
-    prepared = _prepare(qkv, rel_pos_h, rel_pos_w, sequence, layout)
+    tile_bias = functools.partial(_mosaic_tile_bias, interpret=interpret)
+    prepared = _prepare(qkv, rel_pos_h, rel_pos_w, sequence, layout, tile_bias)
     config = config or prepared.fitting_config()
     assert config is not None, "the public function checks that a configuration fits"
     table = step_table(prepared.tile_of_block, layout, block_order, config.block_kv)
     batch, height, width, _, heads, head_dim = qkv.shape
-    streamed = prepared.operands.onehot is not None
+    streamed = prepared.sequence is not None
     statics = Statics(layout, config, prepared.tiling, streamed, heads, interpret)
     out = launch(statics, prepared.qkv, prepared.operands, table)
-    if streamed:
-        assert sequence is not None
-        out = permute(out.reshape(batch, -1, heads, head_dim), _inverse(sequence))
+    if prepared.sequence is not None:
+        out = permute(out.reshape(batch, -1, heads, head_dim), _inverse(prepared.sequence))
     return out.reshape(batch, height, width, heads, head_dim)

@@ -113,7 +113,7 @@ def _kernel(
     qkv_gmem, operands, table_gmem, out_gmem,
     *, q_smem, out_smem, k_smem, v_smem, rel_smem,
     q_ready, k_ready, v_ready, k_free, v_free, turn,
-    onehot_smem=None, p_smem=None, statics,
+    statics, onehot_smem: Any = None, p_smem: Any = None,
 ):  # fmt: skip
     layout, config, tiling, streamed, num_heads, interpret = statics
     head_dim, dtype = qkv_gmem.shape[-1], qkv_gmem.dtype
@@ -480,10 +480,8 @@ class Statics(NamedTuple):
     interpret: Any
 
 
-# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
-@functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def launch(statics: Statics, qkv: Array, operands: Operands, table: Array) -> Array:
+def _launch(statics: Statics, qkv: Array, operands: Operands, table: Array) -> Array:
     """Run the kernel.
 
     Args:
@@ -550,9 +548,13 @@ def launch(statics: Statics, qkv: Array, operands: Operands, table: Array) -> Ar
     return kernel(qkv, operands, table)
 
 
-@launch.__wrapped__.defjvp
+@_launch.defjvp
 def _no_gradient(*_: Any) -> Any:
     raise NotImplementedError(
         'stripe_attention with implementation="mosaic_gpu" has no gradient; '
         'use implementation="xla", which is differentiable'
     )
+
+
+# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
+launch = jax.jit(_launch, static_argnums=0)

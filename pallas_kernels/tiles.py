@@ -112,7 +112,7 @@ def find_tiling(
 
 def step_table(
     tile_of_block: np.ndarray, layout: BlockLayout, block_order: Array | None, block_kv: int
-) -> Int[Array, "1|B columns"]:
+) -> Int[Array, "tables columns"]:
     """What the kernel looks up: the bar's tiles, every block's own tile, and who is in the bar.
 
     The bar is padded to whole steps by its last tile. With a `block_order` [B, blocks], rank ->

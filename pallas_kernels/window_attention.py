@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import Implementation, resolve
+from pallas_kernels.relative_position import relative_position, supports
 from pallas_kernels.window_kernel import CONFIGS, REL, SMEM_BYTES, Config, Geometry, Statics, launch
 
 HEAD_DIMS = (64, 80)
@@ -58,9 +59,12 @@ def mosaic_window_attention(
     one_hot = jnp.asarray(_one_hots(window_size, geometry.num_keys), qkv.dtype)
     # Whole boxes for the TMA, which begins them at multiples of 16 bytes.
     tables = (jnp.pad(x, ((0, 0), (0, REL - window_size), (0, 0))) for x in (rel_pos_h, rel_pos_w))
-    rel = reference.relative_position(qkv[:, :, :, 0], *tables)
-    root = math.sqrt(head_dim)  # in the units of q . k, which the softmax scales
-    rel_h, rel_w = ((x * root).astype(qkv.dtype) for x in rel)
+    if supports((height, width), head_dim, qkv.dtype):
+        rel = relative_position(qkv, *tables, interpret=interpret)
+    else:
+        rel = reference.relative_position(qkv[:, :, :, 0], *tables)
+        root = math.sqrt(head_dim)  # in the units of q . k, which the softmax scales
+        rel = tuple((x * root).astype(qkv.dtype) for x in rel)
     if layout is None or layout.is_dense:
         sparse, keep = False, np.zeros((1, 1, 1, 256), np.float32)
     else:
@@ -72,7 +76,7 @@ def mosaic_window_attention(
     assert config is not None
     statics = Statics(window_size, geometry, sparse, heads, config, interpret)
     flat = qkv.reshape(batch, height, width, 3 * heads, head_dim)
-    return launch(statics, flat, (rel_h, rel_w), one_hot, jnp.asarray(keep))
+    return launch(statics, flat, rel, one_hot, jnp.asarray(keep))
 
 
 def _check(

@@ -36,7 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.boxes import as_box, buffer, split_head_dim
+from pallas_kernels.boxes import buffer, map_boxes, split_head_dim
 
 TILE_Q = 64  # queries of one product on the tensor core
 REL = 16  # columns of rel and E: one K step of the tensor core, and the largest window
@@ -111,21 +111,6 @@ class Statics(NamedTuple):
     interpret: Any
 
 
-def _boxes(
-    gmem: Any, smem: Any, corner: tuple[Any, Any, Any], columns: Any, slot: Any, shape: Any
-) -> Any:
-    """A box of `shape` = (rows, w) of the feature map beside the rows of `smem` that it fills."""
-    image, row, col = corner
-    rows, w, interpret = shape
-    if interpret:  # has no reshaped references
-        for r in range(rows):
-            window_row = gmem.at[image, row + r, pl.ds(col, w), *columns]
-            yield window_row, smem.at[slot, pl.ds(r * w, w)]
-    else:
-        box = as_box(smem, (slot, pl.ds(0, rows * w)), (rows, w))
-        yield gmem.at[image, pl.ds(row, rows), pl.ds(col, w), *columns], box
-
-
 def _kernel(
     qkv_gmem: Any,
     rel_gmem: tuple[Any, ...],
@@ -174,7 +159,7 @@ def _kernel(
         return (image, row * w, col * w), window, head
 
     def load(gmem: Any, smem: Any, corner: Any, columns: Any, slot: Any, full: Any) -> None:
-        boxes = _boxes(gmem, smem, corner, columns, slot, (box_rows, w, interpret))
+        boxes = map_boxes(gmem, smem, corner, columns, slot, (box_rows, w, interpret))
         for source, target in boxes:
             plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 
@@ -202,7 +187,7 @@ def _kernel(
         slot = slots(step)[0]
         plgpu.barrier_wait(out_full.at[slot])
         for chunk, span in zip(q_smem, spans, strict=True):
-            boxes = _boxes(out_gmem, chunk, corner, (head, span), slot, (w, w, interpret))
+            boxes = map_boxes(out_gmem, chunk, corner, (head, span), slot, (w, w, interpret))
             for target, source in boxes:
                 plgpu.copy_smem_to_gmem(source, target)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -321,10 +306,8 @@ def _kernel(
     pl.when(warpgroup == WARPGROUPS)(transfer)
 
 
-# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
-@functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def launch(
+def _launch(
     statics: Statics,
     qkv: Array,
     rel: tuple[Array, Array],
@@ -384,9 +367,13 @@ def launch(
     return kernel(qkv, rel, one_hot, keep)
 
 
-@launch.__wrapped__.defjvp
+@_launch.defjvp
 def _no_gradient(*_: Any) -> Any:
     raise NotImplementedError(
         'window_attention with implementation="mosaic_gpu" has no gradient; '
         'use implementation="xla", which is differentiable'
     )
+
+
+# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
+launch = jax.jit(_launch, static_argnums=0)

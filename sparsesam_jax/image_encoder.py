@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.mlp_weights import MLPWeights
+from pallas_kernels.projection import projection
+from pallas_kernels.reference import matmul_precision
 from pallas_kernels.routed_mlp import mlp, routed_mlp
 from pallas_kernels.stripe_attention import stripe_attention
 from pallas_kernels.window_attention import window_attention
@@ -137,12 +139,23 @@ class PatchEmbed(nnx.Module):
     """Non-overlapping patches to tokens."""
 
     def __init__(self, config: ImageEncoderConfig, *, dtypes: DTypes, rngs: nnx.Rngs):
-        patch = config.patch_size
+        patch = self.patch_size = config.patch_size
         self.proj = conv(3, config.embed_dim, patch, stride=patch, dtypes=dtypes, rngs=rngs)
 
     def __call__(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B Gh Gw d"]:
         """Project each patch."""
-        return self.proj(pixels)
+        # As a product: GPUs have no fast convolution of three channels.
+        patch, kernel = self.patch_size, self.proj.kernel[...].astype(pixels.dtype)
+        batch, height, width, channels = pixels.shape
+        patches = pixels.reshape(batch, height // patch, patch, width // patch, patch, channels)
+        patches = patches.swapaxes(2, 3).reshape(batch, height // patch, width // patch, -1)
+        assert self.proj.bias is not None
+        out = jnp.matmul(
+            patches,
+            kernel.reshape(patches.shape[-1], -1),
+            precision=matmul_precision(pixels.dtype),
+        )
+        return out + self.proj.bias[...].astype(out.dtype)
 
 
 class Block(nnx.Module):
@@ -158,7 +171,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "B Gh Gw d"], plan: Plan) -> Array:
         """Apply the block; the first of its kind also ranks the tokens into `plan`."""
-        x = x + self.attn(self.norm1(x), x, plan)
+        x = self.attn.project(self.attn.attend(self.norm1(x), x, plan), plan, residual=x)
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         routed = plan.routed_tokens(self.index)
         options: dict[str, Any] = {
@@ -202,7 +215,13 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B Gh Gw d"], block_input: Float[Array, "B Gh Gw d"], plan: Plan
     ) -> Float[Array, "B Gh Gw d"]:
-        """Attend over the grid or in windows.
+        """Attend and project; arguments as `attend`."""
+        return self.project(self.attend(x, block_input, plan), plan)
+
+    def attend(
+        self, x: Float[Array, "B Gh Gw d"], block_input: Float[Array, "B Gh Gw d"], plan: Plan
+    ) -> Float[Array, "B Gh Gw d"]:
+        """Attend over the grid or in windows, without the value bias and the projection.
 
         Args:
             x: The tokens after LayerNorm.
@@ -210,23 +229,34 @@ class Attention(nnx.Module):
             plan: Layouts and rankings of this forward.
         """
         batch, height, width, d = x.shape
-        tables = (
+        rel_pos_h, rel_pos_w = (
             relative_table(table[...], side, self.window_size).astype(x.dtype)
             for table, side in ((self.rel_pos_h, height), (self.rel_pos_w, width))
         )
-        assert self.qkv.bias is not None and self.proj.bias is not None
+        assert self.qkv.bias is not None
         kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
         query_bias = jnp.where(np.arange(3 * d) < d, bias, 0)
-        qkv = jnp.matmul(x, kernel, precision=self.dtypes.precision) + query_bias
+        qkv = projection(x, kernel, query_bias, implementation=plan.implementation)
         qkv = qkv.reshape(batch, height, width, 3, self.num_heads, -1)
         key_bias = bias[d : 2 * d].reshape(self.num_heads, -1)
         attend = self._attend_windows if self.window_size else self._attend_grid
-        out = attend(qkv, *tables, key_bias, block_input, plan).reshape(x.shape)
-        # The value bias behind the softmax, as a part of the projection's bias.
-        kernel, out_bias = (p[...].astype(x.dtype) for p in (self.proj.kernel, self.proj.bias))
+        return attend(qkv, rel_pos_h, rel_pos_w, key_bias, block_input, plan).reshape(x.shape)
+
+    def project(
+        self,
+        attended: Float[Array, "B Gh Gw d"],
+        plan: Plan,
+        residual: Float[Array, "B Gh Gw d"] | None = None,
+    ) -> Float[Array, "B Gh Gw d"]:
+        """The output projection of what `attend` returned, added to `residual` if there is one."""
+        dtype = attended.dtype
+        assert self.qkv.bias is not None and self.proj.bias is not None
+        kernel, bias = (p[...].astype(dtype) for p in (self.proj.kernel, self.proj.bias))
+        value_bias = self.qkv.bias[...].astype(dtype)[2 * len(bias) :]
         options = {"precision": self.dtypes.precision, "preferred_element_type": jnp.float32}
-        out_bias = out_bias + jnp.matmul(bias[2 * d :], kernel, **options).astype(x.dtype)
-        return jnp.matmul(out, kernel, precision=self.dtypes.precision) + out_bias
+        bias = bias + jnp.matmul(value_bias, kernel, **options)
+        implementation = plan.implementation
+        return projection(attended, kernel, bias, residual=residual, implementation=implementation)
 
     def _attend_windows(
         self,

@@ -7,9 +7,14 @@ from pallas_kernels import implementation
 from pallas_kernels.implementation import resolve
 
 
-def test_auto_and_xla_are_xla():
-    assert resolve("auto", function="f", problems=["q must be small, got a large one"]) == "xla"
+def test_auto_is_the_kernel_where_it_runs(monkeypatch):
+    problems = ["q must be small, got a large one"]
+    monkeypatch.setattr(implementation, "device_problem", lambda: None)
+    assert resolve("auto", function="f") == "mosaic_gpu"
+    assert resolve("auto", function="f", problems=problems) == "xla"
     assert resolve("xla", function="f") == "xla"
+    monkeypatch.setattr(implementation, "device_problem", lambda: "needs a GPU")
+    assert resolve("auto", function="f") == "xla"
 
 
 def test_mosaic_gpu_where_nothing_is_in_the_way(monkeypatch):

@@ -1,7 +1,8 @@
-"""The stripe attention kernel: interpreted and cross-lowered on a CPU, measured on a GPU."""
+"""The stripe attention kernel: interpreted and cross-lowered on a CPU, run on a GPU."""
 
 from __future__ import annotations
 
+import functools
 import os
 
 # The interpreter runs every warpgroup on a thread of XLA's pool, whose size is read at start-up:
@@ -13,51 +14,53 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.stripe_attention import Case, inputs, relative_error, stripe_coordinates
+from benchmarks.stripe_attention import (
+    Arguments,
+    Case,
+    inputs,
+    masked_attention,
+    plan,
+    relative_error,
+    stripes,
+)
 from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
-from pallas_kernels.key_side import key_side
-from pallas_kernels.stripe_attention import mosaic_stripe_attention, stripe_attention
+from pallas_kernels.stripe_attention import _prepare, mosaic_stripe_attention, stripe_attention
 from pallas_kernels.stripe_kernel import CONFIGS, Config
 from sparsesam_jax.config import PRESETS
 
 needs_mosaic = pytest.mark.skipif(
     not JAX_SUPPORTS_MOSAIC_GPU, reason="Mosaic GPU needs jax >= 0.11; the error is tested below"
 )
-# Both operands of the second product are rounded once to the input's dtype.
+# The bias of columns, the weights and the result are rounded once to the input's dtype, by up to
+# 2^-9 and 2^-12: averaged over an output's keys.
 TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3}
 
 
-def run(case: Case, seed: int = 0, **options) -> tuple[jax.Array, tuple, dict]:
-    arrays, keys = inputs(case, seed)
-    out = mosaic_stripe_attention(
-        *arrays,
-        keys["rows"],
-        keys["cols"],
-        layout=case.layout,
-        block_order=keys["block_order"],
-        **options,
-    )
-    return out, arrays, keys
+def run(function, case: Case, arguments: Arguments, **options) -> jax.Array:
+    *positional, block_order = arguments
+    return function(*positional, layout=case.layout, block_order=block_order, **options)
 
 
+TWO = Config(num_warpgroups=2, block_kv=64, num_stages=2)
+# A grid of 16 x 16 tokens is 4 query blocks: with 3 warpgroups two sit out the second item.
 INTERPRETED = {
-    "dense": (Case(batch=1, side=16, num_heads=2), CONFIGS[0]),
-    "odd bar": (Case(batch=1, side=16, num_heads=1, density=0.75, bias=20.0), CONFIGS[0]),
-    "diagonal alone": (Case(batch=1, side=16, num_heads=1, density=0.1), CONFIGS[1]),
+    "odd bar": (Case(batch=1, side=16, num_heads=1, density=0.75), CONFIGS[1]),
+    "diagonal alone": (Case(batch=1, side=16, num_heads=1, density=0.1), CONFIGS[0]),
     "persistent": (
-        Case(batch=2, side=16, num_heads=1, density=0.5, head_dim=80, dtype="float16"),
-        Config(num_warpgroups=3, block_kv=64, num_stages=4, num_programs=1),
+        Case(batch=2, side=16, num_heads=2, density=0.5, dtype="float16"),
+        Config(num_warpgroups=2, block_kv=64, num_stages=3, num_programs=3),
     ),
+    "head_dim 80": (Case(batch=1, side=16, num_heads=1, density=0.5, head_dim=80), CONFIGS[2]),
     "ranked blocks": (
         Case(batch=2, side=16, num_heads=1, density=0.5, order="blocks"),
         Config(num_warpgroups=2, block_kv=128, num_stages=2, num_programs=3),
     ),
-    "ranked groups": (
-        Case(batch=1, side=24, num_heads=1, density=0.3, order="groups", rel_dtype="float32"),
-        Config(num_warpgroups=3, block_kv=64, num_stages=3),
-    ),
+    "ranked groups": (Case(batch=2, side=16, num_heads=1, density=0.5, order="groups"), CONFIGS[3]),
+    "groups by head": (Case(batch=1, side=16, num_heads=2, density=0.5, order="heads"), TWO),
+    "dense": (Case(batch=1, side=24, num_heads=1), CONFIGS[0]),
+    "static sequence": (Case(batch=1, side=24, num_heads=1, density=0.3), CONFIGS[4]),
 }
 
 
@@ -67,11 +70,11 @@ def test_interpreted_kernel_equals_reference(name):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     case, config = INTERPRETED[name]
-    if case.dtype == "float16":
-        case = Case(**{**vars(case), "rel_dtype": "float16"})
-    out, arrays, keys = run(case, config=config, interpret=plgpu.InterpretGPUParams())
-    assert out.dtype == arrays[0].dtype
-    assert relative_error(case, out, arrays, keys) < TOLERANCE[case.dtype]
+    arguments = inputs(case, seed=0)
+    interpret = plgpu.InterpretGPUParams()
+    out = run(mosaic_stripe_attention, case, arguments, config=config, interpret=interpret)
+    assert out.dtype == case.dtype
+    assert relative_error(case, out, arguments) < TOLERANCE[case.dtype]
 
 
 @needs_mosaic
@@ -80,129 +83,244 @@ def test_interpreted_kernel_equals_reference(name):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_lowers_for_every_preset(preset, density, batch):
     encoder = PRESETS[preset].image_encoder
-    side = encoder.grid_size
-    lowers(batch, side, encoder.num_heads, encoder.head_dim, density)
+    shape = dict(side=encoder.grid_size, num_heads=encoder.num_heads, head_dim=encoder.head_dim)
+    assert "mosaic_gpu" in lowered(Case(batch=batch, density=density, **shape))
 
 
 @needs_mosaic
-@pytest.mark.parametrize("order", ["tiles", "blocks", "groups"])
+@pytest.mark.parametrize("order", ["tiles", "blocks", "groups", "heads"])
 @pytest.mark.parametrize("side", [16, 24, 40, 128])
-@pytest.mark.parametrize("rel_dtype", [jnp.bfloat16, jnp.float32])
-def test_lowers_for_other_grids_and_orders(side, order, rel_dtype):
-    if (side, order, rel_dtype) == (128, "groups", jnp.float32):
-        pytest.skip("does not fit in shared memory: the error is tested below")
-    lowers(1, side, 2, 64, 0.3, order, rel_dtype)
+def test_lowers_for_other_grids_and_orders(side, order):
+    case = Case(batch=2, side=side, num_heads=2, density=0.3, order=order)
+    assert "mosaic_gpu" in lowered(case)
 
 
-def lowers(batch, side, num_heads, head_dim, density, order="tiles", rel_dtype=jnp.bfloat16):
-    shape = (batch, side**2, num_heads, head_dim)
-    qkv = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    rel = jax.ShapeDtypeStruct((*shape[:3], side), rel_dtype)
-    layout = BlockLayout.a_shape(side**2, density)
-    ranks = jax.ShapeDtypeStruct((batch, layout.num_kv_blocks), jnp.int32)
-    place = jax.ShapeDtypeStruct((batch, side**2), jnp.int32)
-    rows, cols = stripe_coordinates(side)
+def lowered(case: Case) -> str:
+    """The program for CUDA."""
+    arguments = jax.eval_shape(lambda: inputs(case, seed=0))
+    if case.order in ("tiles", "blocks"):
+        arguments = arguments._replace(sequence=stripes(case.side))
+    sequence = arguments.sequence
+    is_static = isinstance(sequence, np.ndarray)
 
-    def attend(q, k, v, rel_h, rel_w, ranks, place):
-        key_rows, key_cols = (place, place) if order == "groups" else (rows, cols)
-        block_order = ranks if order == "blocks" else None
-        arrays = (q, k, v, rel_h, rel_w, key_rows, key_cols)
-        return mosaic_stripe_attention(*arrays, layout=layout, block_order=block_order)
+    def attend(arguments: Arguments) -> jax.Array:
+        if is_static:
+            arguments = arguments._replace(sequence=sequence)
+        return run(mosaic_stripe_attention, case, arguments)
 
-    traced = jax.jit(attend).trace(qkv, qkv, qkv, rel, rel, ranks, place)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    traced = jax.jit(attend).trace(arguments._replace(sequence=None) if is_static else arguments)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_tiles_take_two_products():
-    for side in (16, 32, 64, 128):
-        rows, cols = stripe_coordinates(side)
-        layout = BlockLayout.a_shape(side**2, 0.3)
-        labels = np.stack([rows, cols + side])
-        keys = key_side(labels, side // 8, layout, block_kv=128, block_order=None)
-        assert keys.onehot.shape[1] == 2
+@needs_mosaic
+@pytest.mark.parametrize("order", ["tiles", "groups"])
+def test_benchmark_launches_the_kernel_alone(order):
+    programs = plan(Case(batch=1, side=16, num_heads=1, density=0.5, order=order), None)
+    operands = jax.eval_shape(programs.prepare, programs.arrays)
+    lowered = jax.jit(programs.kernel).trace(operands).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("order", ["tiles", "blocks", "groups", "heads"])
+def test_xla_equals_masked_attention(order, density):
+    shape = dict(batch=2, side=16, num_heads=2, head_dim=16, dtype="float32")
+    case = Case(**shape, density=density, order=order)
+    arguments = inputs(case, seed=0)
+    out = run(stripe_attention, case, arguments, implementation="xla")
+    for image in range(case.batch):
+        want = masked_attention(case, arguments, image, heads=[0, 1])
+        # float32 rounding of a few hundred sums of terms of size 1, in another order.
+        np.testing.assert_allclose(out[image], want, atol=2e-5)
+
+
+@pytest.mark.parametrize("order", ["images", "heads"])
+def test_static_sequences_by_image_are_no_tiles(order):
+    case = Case(batch=2, side=16, num_heads=2, head_dim=16, density=0.5)
+    arguments = inputs(case, seed=0)
+    lead = {"images": (2,), "heads": (2, 2)}[order]
+    sequence = np.broadcast_to(arguments.sequence, (*lead, 256))
+    prepared = _prepare(*arguments[:3], sequence, case.layout)
+    assert len(prepared.tile_of_block) == case.layout.num_q_blocks
+    assert prepared.operands.onehot is not None
+    got = run(stripe_attention, case, arguments._replace(sequence=sequence))
+    want = run(stripe_attention, case, arguments)
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, want)), atol=2e-2)
+
+
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_no_sequence_is_raster_order(density):
+    case = Case(batch=1, side=16, num_heads=1, density=density)
+    raster = inputs(case, seed=0)._replace(sequence=np.arange(256, dtype=np.int32))
+    got = run(stripe_attention, case, raster._replace(sequence=None))
+    want = run(stripe_attention, case, raster)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
 def test_mosaic_gpu_raises_where_it_cannot_run():
     if jax.default_backend() == "gpu":
         pytest.skip("this machine can run the kernel")
-    arrays, keys = inputs(Case(batch=1, side=16, num_heads=1), 0)
+    case = Case(batch=1, side=16, num_heads=1)
     expected = "compute capability" if JAX_SUPPORTS_MOSAIC_GPU else "jax >= 0.11"
     with pytest.raises(ValueError, match=expected):
-        stripe_attention(
-            *arrays,
-            keys["rows"],
-            keys["cols"],
-            layout=BlockLayout.dense(256),
-            implementation="mosaic_gpu",
-        )
+        run(stripe_attention, case, inputs(case, seed=0), implementation="mosaic_gpu")
+
+
+def shapes(height: int, width: int, heads: int, head_dim: int, dtype: str) -> tuple:
+    """Shapes of the arrays of one image."""
+    shapes = (height, width, 3, heads, head_dim), (height,) * 2, (width,) * 2
+    shapes = (1, *shapes[0]), *((*x, head_dim) for x in shapes[1:])
+    return tuple(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("change", "expected"),
     [
-        ({"dtype": "float32"}, "bfloat16 or all float16"),
-        ({"head_dim": 72}, "head_dim must be a multiple of 16"),
-        ({"rel_dtype": "float16"}, "rel_h must have the dtype of q"),
+        (dict(dtype="float32"), "qkv must be bfloat16 or float16, got float32"),
+        (dict(head_dim=72), "head_dim must be a multiple of 16 up to 128, got 72"),
+        (dict(head_dim=144), "head_dim must be a multiple of 16 up to 128, got 144"),
+        (dict(height=20, width=20), "Gh . Gw must be a multiple of 64, got 20 x 20"),
+        (dict(height=136, width=8), "Gh and Gw must be at most 128, got 136 x 8"),
+        (dict(block=32), "layout must have blocks of 64 x 64, got 32 x 32"),
+        (
+            dict(height=128, width=128, head_dim=128, groups=True),
+            "must fit in shared memory, got head_dim 128 and 128 x 128 tokens",
+        ),
     ],
+    ids=str,
 )
-def test_mosaic_gpu_names_what_it_does_not_support(changes, expected):
-    arrays, keys = inputs(Case(batch=1, side=16, num_heads=1, **changes), 0)
-    place = (keys["rows"], keys["cols"])
-    layout = BlockLayout.dense(256)
+def test_mosaic_gpu_names_what_it_does_not_support(change, expected):
+    case = dict(height=16, width=16, head_dim=64, dtype="bfloat16", block=64, groups=False)
+    height, width, head_dim, dtype, block, groups = (case | change).values()
+    seq_len = height * width
+    arrays = shapes(height, width, 1, head_dim, dtype)
+    layout = BlockLayout.a_shape(seq_len, 0.5, block_q=block, block_kv=block)
+    sequence = np.arange(seq_len, dtype=np.int32)
+
+    def attend(implementation, *arrays):
+        own_sequence = jnp.asarray(sequence)[None] if groups else sequence
+        options = dict(layout=layout, implementation=implementation)
+        return stripe_attention(*arrays, own_sequence, **options)
+
     with pytest.raises(ValueError, match=expected):
-        stripe_attention(*arrays, *place, layout=layout, implementation="mosaic_gpu")
+        jax.eval_shape(functools.partial(attend, "mosaic_gpu"), *arrays)
+    # What auto cannot give the kernel, XLA runs.
+    assert jax.eval_shape(functools.partial(attend, "auto"), *arrays).dtype == dtype
 
 
-def test_mosaic_gpu_names_shared_memory():
-    case = Case(batch=1, side=128, num_heads=1, order="groups", rel_dtype="float32")
-    arrays, keys = inputs(case, 0)
-    place = (keys["rows"], keys["cols"])
-    with pytest.raises(ValueError, match="must fit in shared memory"):
-        stripe_attention(*arrays, *place, layout=case.layout, implementation="mosaic_gpu")
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (dict(qkv=(1, 16, 16, 2, 1, 16)), r"qkv must have shape \[B, Gh, Gw, 3, H, D\], got"),
+        (dict(rel_pos_h=(31, 16)), r"rel_pos_h must have shape \(16, 16, 16\) and dtype bfloat16"),
+        (dict(rel_pos_w=(16, 14, 16)), "rel_pos_w must have shape .*, got .16, 14, 16. and bfl"),
+        (dict(sequence=(2, 256)), r"sequence must have one of the shapes .*, got \(2, 256\)"),
+        (dict(seq_len=512), "layout must have seq_len 256, got 512"),
+        (dict(block_order=(1, 5)), r"block_order must have shape \(1, 4\), got \(1, 5\)"),
+    ],
+    ids=str,
+)
+def test_arguments_are_checked(change, expected):
+    arguments = dict(
+        qkv=(1, 16, 16, 3, 1, 16),
+        rel_pos_h=(16, 16, 16),
+        rel_pos_w=(16, 16, 16),
+        sequence=(1, 256),
+        block_order=(1, 4),
+    )
+    seq_len = change.get("seq_len", 256)
+    arguments |= {name: shape for name, shape in change.items() if name != "seq_len"}
+    dtypes = dict(sequence=jnp.int32, block_order=jnp.int32)
+    arrays = {name: jnp.zeros(x, dtypes.get(name, jnp.bfloat16)) for name, x in arguments.items()}
+    with pytest.raises(ValueError, match=expected):
+        stripe_attention(**arrays, layout=BlockLayout.a_shape(seq_len, 0.5))
 
 
-def test_auto_takes_xla():
-    case = Case(batch=1, side=16, num_heads=1, density=0.5)
-    arrays, keys = inputs(case, 0)
-    place = (keys["rows"], keys["cols"])
-    got = stripe_attention(*arrays, *place, layout=case.layout)
-    want = reference.stripe_attention(*arrays, *place, layout=case.layout)
-    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+def test_tables_have_the_dtype_of_qkv():
+    case = Case(batch=1, side=16, num_heads=1)
+    arguments = inputs(case, seed=0)
+    arguments = arguments._replace(rel_pos_w=arguments.rel_pos_w.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"rel_pos_w must have .* bfloat16, got .* float32"):
+        run(stripe_attention, case, arguments)
 
 
 @needs_mosaic
 def test_differentiation_names_the_xla_path():
-    arrays, keys = inputs(Case(batch=1, side=16, num_heads=1), 0)
+    case = Case(batch=1, side=16, num_heads=1)
+    arguments = inputs(case, seed=0)
 
-    def loss(q):
-        place = (keys["rows"], keys["cols"])
-        layout = BlockLayout.dense(256)
-        return mosaic_stripe_attention(q, *arrays[1:], *place, layout=layout).sum()
+    def loss(qkv, function):
+        return run(function, case, arguments._replace(qkv=qkv)).astype(jnp.float32).sum()
 
     with pytest.raises(NotImplementedError, match='implementation="xla"'):
-        jax.grad(loss)(arrays[0])
+        jax.grad(loss)(arguments.qkv, mosaic_stripe_attention)
+    xla = functools.partial(stripe_attention, implementation="xla")
+    assert bool(jnp.isfinite(jax.grad(loss)(arguments.qkv, xla)).all())
+
+
+def on_gpu(case: Case, seed: int) -> tuple[jax.Array, float]:
+    """What the kernel gives on this machine's GPU, and its error."""
+    arguments = inputs(case, seed)
+    out = run(stripe_attention, case, arguments, implementation="mosaic_gpu")
+    error = relative_error(case, out, arguments)
+    print(f"{case} bias {case.bias}: error {error:.2e} ({seed=})")
+    return out, error
+
+
+ON_GPU = [
+    Case(),
+    Case(density=0.5),
+    Case(density=0.3),
+    Case(density=0.25, head_dim=80),
+    Case(head_dim=80),
+    Case(density=0.3, dtype="float16"),
+    Case(density=0.5, head_dim=80, dtype="float16"),
+    Case(density=0.25, order="blocks"),
+    Case(density=0.3, order="blocks", head_dim=80, dtype="float16"),
+    Case(density=0.3, order="groups"),
+    Case(density=0.5, order="groups", head_dim=80),
+    Case(density=0.25, order="groups", dtype="float16"),
+    Case(density=0.3, order="heads"),
+    Case(batch=1),
+    Case(batch=1, density=0.3),
+    Case(batch=1, density=0.3, side=40),
+]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("order", ["tiles", "blocks", "groups"])
-@pytest.mark.parametrize("density", [0.25, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("head_dim", [64, 80])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_error_on_gpu(dtype, head_dim, density, order):
-    case = Case(head_dim=head_dim, density=density, order=order, dtype=dtype, rel_dtype=dtype)
-    seed = int.from_bytes(os.urandom(3))
-    out, arrays, keys = run(case, seed)
-    assert relative_error(case, out, arrays, keys) < TOLERANCE[dtype], f"{seed=}"
+@pytest.mark.parametrize("case", ON_GPU, ids=str)
+def test_error_on_gpu(case):
+    _, error = on_gpu(case, seed=int.from_bytes(os.urandom(3)))
+    assert error < TOLERANCE[case.dtype]  # a NaN is none
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rel_dtype", ["bfloat16", "float32"])
-def test_large_biases_and_repeats_on_gpu(rel_dtype):
-    case = Case(batch=1, density=0.3, bias=12.0, rel_dtype=rel_dtype)  # up to about 50
+@pytest.mark.parametrize("order", ["tiles", "groups"])
+def test_large_biases_on_gpu(order):
+    case = Case(batch=1, density=0.3, order=order, bias=12.0)
     seed = int.from_bytes(os.urandom(3))
-    out, arrays, keys = run(case, seed)
+    arguments = inputs(case, seed)
+    rel = reference.relative_position(arguments.qkv[:, :, :, 0], *arguments[1:3])
+    assert min(float(abs(x).max()) for x in rel) > 50
+    out, error = on_gpu(case, seed)
     assert bool(jnp.isfinite(out.astype(jnp.float32)).all()), f"{seed=}"
-    assert relative_error(case, out, arrays, keys) < TOLERANCE["bfloat16"], f"{seed=}"
+    # A bias of 12, the standard deviation, is stored as 12 sqrt(64) in bfloat16 (of tiles that of
+    # columns, of groups both), which moves it by up to 1/32: that alone is an error of 1.4e-2.
+    assert error < 2.5e-2, f"{seed=}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_repeats_are_bit_identical_on_gpu(density):
+    case = Case(density=density)
+    *arrays, sequence, _ = inputs(case, seed=int.from_bytes(os.urandom(3)))
+
+    @jax.jit
+    def attend(*arrays: jax.Array) -> jax.Array:
+        arguments = Arguments(*arrays, sequence=sequence, block_order=None)
+        return run(stripe_attention, case, arguments, implementation="mosaic_gpu")
+
+    first = attend(*arrays)
+    assert bool(jnp.isfinite(first).all())
     for _ in range(20):
-        again, _, _ = run(case, seed)
-        assert bool((again == out).all()), f"{seed=}"
+        assert bool((attend(*arrays) == first).all())

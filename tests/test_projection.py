@@ -1,0 +1,104 @@
+"""The linear layer: the kernel interpreted and cross-lowered, and its XLA twin."""
+
+from __future__ import annotations
+
+import os
+
+# The interpreter runs every warpgroup on a thread of XLA's pool, whose size is read at start-up.
+os.environ.setdefault("NPROC", "16")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
+from pallas_kernels.matmul_kernel import Config
+from pallas_kernels.projection import mosaic_projection, projection
+from sparsesam_jax.config import PRESETS
+
+needs_mosaic = pytest.mark.skipif(
+    not JAX_SUPPORTS_MOSAIC_GPU, reason="Mosaic GPU needs jax >= 0.11; the error is tested below"
+)
+TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3}
+SMALL = Config(tile_n=64, num_stages=2, num_programs=2)
+
+
+def inputs(rows: tuple[int, ...], d: int, n: int, dtype: str = "bfloat16") -> list[jax.Array]:
+    """x, kernel, bias and residual."""
+    shapes = ((*rows, d), (d, n), (n,), (*rows, n))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    x, kernel, bias, residual = (jax.random.normal(*z) for z in zip(keys, shapes, strict=True))
+    arrays = (x, kernel * d**-0.5, bias, residual)
+    return [array.astype(dtype) for array in arrays]
+
+
+def expected(x, kernel, bias, residual=None):
+    x, kernel, bias = (np.asarray(array, np.float64) for array in (x, kernel, bias))
+    out = x @ kernel + bias
+    return out if residual is None else out + np.asarray(residual, np.float64)
+
+
+def error(out, want) -> float:
+    return float(np.linalg.norm(np.asarray(out, np.float64) - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_xla(with_residual):
+    *arrays, residual = inputs((2, 3, 5), 24, 40, "float32")
+    residual = residual if with_residual else None
+    out = projection(*arrays, residual=residual, implementation="xla")
+    np.testing.assert_allclose(out, expected(*arrays, residual), atol=1e-5)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("rows", "with_residual", "dtype"),
+    [
+        ((1, 16, 16), False, "bfloat16"),
+        ((2, 8, 16), True, "float16"),
+        ((1, 9, 8), True, "bfloat16"),
+    ],
+)
+def test_interpreted_kernel(rows, with_residual, dtype):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    *arrays, residual = inputs(rows, 64, 64, dtype)
+    residual = residual if with_residual else None
+    options = {"config": SMALL, "interpret": plgpu.InterpretGPUParams()}
+    out = mosaic_projection(*arrays, residual=residual, **options)
+    assert out.dtype == arrays[0].dtype
+    assert error(out, expected(*arrays, residual)) < TOLERANCE[dtype]
+
+
+@needs_mosaic
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_lowers_for_every_preset(preset, batch):
+    encoder = PRESETS[preset].image_encoder
+    d, side = encoder.embed_dim, encoder.grid_size
+    x = jax.ShapeDtypeStruct((batch, side, side, d), jnp.bfloat16)
+    for n, residual in ((3 * d, None), (d, x)):
+        kernel = jax.ShapeDtypeStruct((d, n), jnp.bfloat16)
+        bias = jax.ShapeDtypeStruct((n,), jnp.float32)
+        traced = jax.jit(lambda *a: mosaic_projection(*a[:3], residual=a[3])).trace(
+            x, kernel, bias, residual
+        )
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_mosaic
+def test_differentiation_names_the_xla_path():
+    x, kernel, bias, _ = inputs((256,), 64, 64)
+    with pytest.raises(NotImplementedError, match='implementation="xla"'):
+        jax.grad(lambda x: mosaic_projection(x, kernel, bias).sum())(x)
+
+
+def test_errors():
+    x, kernel, bias, residual = inputs((4,), 64, 64)
+    with pytest.raises(ValueError, match="kernel must have shape"):
+        projection(x, kernel[:32], bias)
+    with pytest.raises(ValueError, match="residual must have shape"):
+        projection(x, kernel, bias, residual=residual[:2])
+    with pytest.raises(ValueError, match="all bfloat16 or all float16"):
+        projection(x.astype(jnp.float32), kernel, bias, implementation="mosaic_gpu")
