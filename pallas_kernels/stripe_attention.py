@@ -98,7 +98,7 @@ def _prepare(
     layout: BlockLayout,
     tile_bias: TileBias = _xla_tile_bias,
 ) -> _Prepared:
-    grid = qkv.shape[1:3]
+    grid = (qkv.shape[1], qkv.shape[2])
     if sequence is None or layout.is_dense:  # all keys meet all queries in any order
         sequence = np.arange(layout.seq_len, dtype=np.int32)
     if isinstance(sequence, np.ndarray) and sequence.ndim == 1:
@@ -288,8 +288,10 @@ def _xla_stripe_attention(
     if sequence is not None:
         arrays = [permute(x, sequence) for x in arrays]
     positions = np.arange(layout.seq_len) if sequence is None else sequence
-    place = (positions // width, positions % width)
-    out = reference.stripe_attention(*arrays, *place, layout=layout, block_order=block_order)
+    rows, cols = positions // width, positions % width
+    q, k, v, rel_h, rel_w = arrays
+    attend = functools.partial(reference.stripe_attention, layout=layout, block_order=block_order)
+    out = attend(q, k, v, rel_h, rel_w, rows, cols)
     if sequence is not None:
         out = permute(out, _inverse(sequence))
     return out.reshape(shape)
