@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from benchmarks import encoder
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -55,6 +57,9 @@ def cpu(
             return cpu.run(options, write, Console())
 
     _finish(run)
+
+
+app.command(name="encoder")(encoder.main)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The image encoder on a GPU: XLA beside the Mosaic GPU kernels, each case in its own process.
 
-    python -m benchmarks.encoder --model vit_l --batch 8 --density 1 --density 0.3 --out FILE
+    python -m benchmarks encoder --model vit_l --batch 8 --density 1 --density 0.3 --out FILE
 
 Random weights and images. Cases compile side by side and are timed one at a time. Outputs are first
 compared with float32 XLA where `--check` asks for it: the same function of the same weights.
@@ -167,7 +167,16 @@ def main(
     limit: Annotated[float, typer.Option(help="Seconds after which the rest is given up.")] = 600,
     out: Annotated[Path | None, typer.Option(help="JSON lines to write.")] = None,
 ) -> None:
-    """Time every combination of the options."""
+    """Our encoder on this machine's GPU: XLA and the kernels, every combination of the options."""
+    for name in model:
+        if name not in shapes.MODELS:
+            expected = ", ".join(shapes.MODELS)
+            raise typer.BadParameter(f"--model must be one of {expected}; got {name!r}")
+    for name in implementation:
+        if name not in ("xla", "mosaic_gpu"):
+            raise typer.BadParameter(f"--implementation must be xla or mosaic_gpu; got {name!r}")
+    if not all(0 < r <= 1 for r in density):
+        raise typer.BadParameter(f"--density must lie in (0, 1], got {density}")
     with tempfile.TemporaryDirectory() as folder, records.writer(out) as write:
 
         def case(m: str, b: int, r: float, i: str, dtype: str, *, timed: bool = True) -> Case:
@@ -204,6 +213,7 @@ def main(
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
             job = subprocess.Popen([*command, argument], env=environment, text=True, **pipes)
             jobs.append((c, job, errors))
+        missing = False
         timer = threading.Timer(limit, lambda: [job.kill() for _, job, _ in jobs])
         timer.start()
         first = [job.stdout.readline().strip() for _, job, _ in jobs]  # until all are compiled
@@ -214,6 +224,7 @@ def main(
                 errors.seek(0)
                 why = f"more than {limit:.0f} s" if job.returncode < 0 else errors.read()[-600:]
                 print(f"{_label(c)}: not run, {why}", flush=True)
+                missing = True
                 continue
             record = json.loads(line.splitlines()[-1])
             reference = references.get((c.model, c.density))
@@ -224,6 +235,8 @@ def main(
             if c.timed:
                 _print(c, record, parts)
         timer.cancel()
+    if missing:
+        raise typer.Exit(1)
 
 
 def _print(case: Case, record: dict[str, Any], parts: int) -> None:

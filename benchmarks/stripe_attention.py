@@ -24,7 +24,7 @@ from benchmarks import gpu_table
 from pallas_kernels import reference, stripe_attention
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.stripe_attention import mosaic_stripe_attention
-from pallas_kernels.stripe_kernel import CONFIGS, Config, Statics, launch
+from pallas_kernels.stripe_kernel import SEQUENCE_CONFIGS, TILE_CONFIGS, Config, Statics, launch
 from pallas_kernels.tiles import step_table
 from sparsesam_jax.orders import GROUP, curve_order
 
@@ -187,4 +187,5 @@ def plan(case: Case, config: Config | None) -> gpu_table.Programs:
 
 
 if __name__ == "__main__":
-    gpu_table.main("Stripe attention: the kernel and the whole function", plan, CASES, CONFIGS)
+    configs = TILE_CONFIGS + SEQUENCE_CONFIGS
+    gpu_table.main("Stripe attention: the kernel and the whole function", plan, CASES, configs)

@@ -19,7 +19,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import Implementation, resolve
-from pallas_kernels.stripe_kernel import CONFIGS, Config, Operands, Statics, launch
+from pallas_kernels.stripe_kernel import (
+    SEQUENCE_CONFIGS,
+    TILE_CONFIGS,
+    Config,
+    Operands,
+    Statics,
+    launch,
+)
 from pallas_kernels.tile_position import supports_tiles, tile_position
 from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, find_tiling, step_table
 
@@ -53,7 +60,7 @@ class _Prepared(NamedTuple):
         else:
             query_bias = 2 * BLOCK * (rel_h.shape[-1] + rel_w.shape[-1])
             key_bias = 2 * CHUNK * onehot.shape[1]
-        for config in CONFIGS:
+        for config in TILE_CONFIGS if onehot is None else SEQUENCE_CONFIGS:
             if config.fits(self.qkv.shape[-1], query_bias, key_bias):
                 return config
         return None
