@@ -10,8 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -65,3 +65,19 @@ def resolve(
     raise ValueError(
         f'implementation="mosaic_gpu" is unsupported for {function}: {"; ".join(all_problems)}'
     )
+
+
+def no_gradient(function: str) -> Callable[..., Any]:
+    """What differentiating a kernel runs into, as the rule of a `jax.custom_jvp`.
+
+    Args:
+        function: The public function, for the error message.
+    """
+
+    def rule(*_: Any) -> Any:
+        raise NotImplementedError(
+            f'{function} with implementation="mosaic_gpu" has no gradient; '
+            'use implementation="xla", which is differentiable'
+        )
+
+    return rule

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import matmul_kernel
-from pallas_kernels.implementation import Implementation, resolve
+from pallas_kernels.implementation import Implementation, no_gradient, resolve
 from pallas_kernels.matmul_kernel import Config
 from pallas_kernels.matmul_tuning import TO_OUTPUT, TO_RESIDUAL, fitting_config, padded
 from pallas_kernels.reference import matmul_precision
@@ -108,9 +108,4 @@ def _undifferentiable(x: Array, kernel: Array, bias: Array) -> tuple[Array, Arra
     return x, kernel, bias
 
 
-@_undifferentiable.defjvp
-def _no_gradient(*_: Any) -> Any:
-    raise NotImplementedError(
-        'projection with implementation="mosaic_gpu" has no gradient; '
-        'use implementation="xla", which is differentiable'
-    )
+_undifferentiable.defjvp(no_gradient("projection"))

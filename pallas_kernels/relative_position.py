@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.boxes import buffer, map_boxes, split_head_dim
+from pallas_kernels.implementation import no_gradient
 from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, div_rem
 
 NUM_STAGES = 4  # tiles of q in shared memory at a time
@@ -165,12 +166,7 @@ def _launch(statics: Statics, qkv: Array, tables: tuple[Array, Array]) -> tuple[
     return kernel(qkv, tables)
 
 
-@_launch.defjvp
-def _no_gradient(*_: Any) -> Any:
-    raise NotImplementedError(
-        'attention with implementation="mosaic_gpu" has no gradient; '
-        'use implementation="xla", which is differentiable'
-    )
+_launch.defjvp(no_gradient("window_attention"))
 
 
 # Jitted, so that an encoder traces and lowers the kernel once and not once a layer.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference
-from pallas_kernels.implementation import Implementation, resolve
+from pallas_kernels.implementation import Implementation, no_gradient, resolve
 from pallas_kernels.matmul_kernel import Config
 from pallas_kernels.matmul_tuning import TO_OUTPUT, TO_RESIDUAL, fitting_config, padded
 from pallas_kernels.mlp_weights import MLPWeights
@@ -219,9 +219,4 @@ def _undifferentiable(x: Array, weights: MLPWeights) -> tuple[Array, MLPWeights]
     return x, weights
 
 
-@_undifferentiable.defjvp
-def _no_gradient(*_: Any) -> Any:
-    raise NotImplementedError(
-        'routed_mlp and mlp with implementation="mosaic_gpu" have no gradient; '
-        'use implementation="xla", which is differentiable'
-    )
+_undifferentiable.defjvp(no_gradient("routed_mlp"))

@@ -34,6 +34,7 @@ from jaxtyping import Array
 
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.boxes import as_box, buffer, split_head_dim
+from pallas_kernels.implementation import no_gradient
 from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, div_rem
 
 # Shared memory that one program may have on Hopper, less what its barriers take.
@@ -551,12 +552,7 @@ def _launch(statics: Statics, qkv: Array, operands: Operands, table: Array) -> A
     return kernel(qkv, operands, table)
 
 
-@_launch.defjvp
-def _no_gradient(*_: Any) -> Any:
-    raise NotImplementedError(
-        'stripe_attention with implementation="mosaic_gpu" has no gradient; '
-        'use implementation="xla", which is differentiable'
-    )
+_launch.defjvp(no_gradient("stripe_attention"))
 
 
 # Jitted, so that an encoder traces and lowers the kernel once and not once a layer.

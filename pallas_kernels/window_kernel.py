@@ -37,6 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.boxes import buffer, map_boxes, split_head_dim
+from pallas_kernels.implementation import no_gradient
 
 TILE_Q = 64  # queries of one product on the tensor core
 REL = 16  # columns of rel and E: one K step of the tensor core, and the largest window
@@ -367,12 +368,7 @@ def _launch(
     return kernel(qkv, rel, one_hot, keep)
 
 
-@_launch.defjvp
-def _no_gradient(*_: Any) -> Any:
-    raise NotImplementedError(
-        'window_attention with implementation="mosaic_gpu" has no gradient; '
-        'use implementation="xla", which is differentiable'
-    )
+_launch.defjvp(no_gradient("window_attention"))
 
 
 # Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
