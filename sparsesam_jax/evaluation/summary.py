@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -60,7 +61,8 @@ def summarise(
         values = [value(row) for row in of]
         size = mean_batch or len(values)
         batches = [values[i : i + size] for i in range(0, len(values), size)]
-        return sum(sum(batch) / len(batch) for batch in batches) / len(batches)
+        # Exact sums, so that a resumed run's last digit is that of a whole one.
+        return math.fsum(math.fsum(batch) / len(batch) for batch in batches) / len(batches)
 
     # Compilation is no part of the speed, unless every call had to compile.
     timed = [row.seconds for row in rows if not row.compiled] or [row.seconds for row in rows]
