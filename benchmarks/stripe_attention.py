@@ -168,9 +168,9 @@ def plan(case: Case, config: Config | None) -> gpu_table.Programs:
         nonlocal statics
         arrays = bound(arrays)
         prepared = stripe_attention._prepare(*arrays[:4], case.layout)
-        used = config or prepared.fitting_config()
+        streamed, grid = prepared.sequence is not None, (case.side, case.side)
+        used = config or stripe_attention.fitting_config(grid, case.head_dim, tiles=not streamed)
         assert used is not None, "no configuration fits"
-        streamed = prepared.operands.onehot is not None
         statics = Statics(case.layout, used, prepared.tiling, streamed, case.num_heads, False)
         table = step_table(prepared.tile_of_block, case.layout, arrays.block_order, used.block_kv)
         return prepared.qkv, prepared.operands, table

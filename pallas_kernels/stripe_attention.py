@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -51,19 +50,27 @@ class _Prepared(NamedTuple):
     qkv: Array
     operands: Operands
 
-    def fitting_config(self) -> Config | None:
-        """The first configuration that fits in registers and shared memory."""
-        rel_h, rel_w, onehot = self.operands
-        if onehot is None:
-            query_bias = BLOCK * (4 * rel_h.shape[1] + 2 * rel_w.shape[1] * CHUNK)
-            key_bias = 0
-        else:
-            query_bias = 2 * BLOCK * (rel_h.shape[-1] + rel_w.shape[-1])
-            key_bias = 2 * CHUNK * onehot.shape[1]
-        for config in TILE_CONFIGS if onehot is None else SEQUENCE_CONFIGS:
-            if config.fits(self.qkv.shape[-1], query_bias, key_bias):
-                return config
-        return None
+
+def fitting_config(grid: tuple[int, int], head_dim: int, *, tiles: bool) -> Config | None:
+    """The first configuration that fits in registers and shared memory, for tiles or a sequence."""
+    rows, cols = (-(-side // CHUNK) * CHUNK for side in grid)
+    if tiles:
+        configs, query_bias, key_bias = TILE_CONFIGS, BLOCK * (4 * grid[0] + 2 * cols), 0
+    else:
+        configs = SEQUENCE_CONFIGS
+        query_bias, key_bias = 2 * BLOCK * (rows + cols), 2 * (rows + cols)
+    return next((c for c in configs if c.fits(head_dim, query_bias, key_bias)), None)
+
+
+def _tiles(
+    grid: tuple[int, int], sequence: Sequence | None, layout: BlockLayout
+) -> tuple[Tiling, np.ndarray] | None:
+    """The tiling of a call's blocks and the tile of each; None where they are no tiles."""
+    if sequence is None or layout.is_dense:  # all keys meet all queries in any order
+        return find_tiling(grid, None, layout)
+    if isinstance(sequence, np.ndarray) and sequence.ndim == 1:
+        return find_tiling(grid, sequence, layout)
+    return None
 
 
 def _xla_tile_bias(qkv: Array, by_row: Array, by_col: Array, tiling: Tiling) -> tuple[Array, Array]:
@@ -106,13 +113,12 @@ def _prepare(
     tile_bias: TileBias = _xla_tile_bias,
 ) -> _Prepared:
     grid = (qkv.shape[1], qkv.shape[2])
-    if sequence is None or layout.is_dense:  # all keys meet all queries in any order
+    found = _tiles(grid, sequence, layout)
+    if found is not None:
+        tiling, tile_of_block = found
+        return _prepare_tiles(qkv, rel_pos_h, rel_pos_w, tiling, tile_of_block, tile_bias)
+    if sequence is None or layout.is_dense:
         sequence = np.arange(layout.seq_len, dtype=np.int32)
-    if isinstance(sequence, np.ndarray) and sequence.ndim == 1:
-        found = find_tiling(grid, sequence, layout)
-        if found is not None:
-            tiling, tile_of_block = found
-            return _prepare_tiles(qkv, rel_pos_h, rel_pos_w, tiling, tile_of_block, tile_bias)
     return _prepare_sequence(qkv, rel_pos_h, rel_pos_w, sequence)
 
 
@@ -176,13 +182,7 @@ def _inverse(sequence: Sequence) -> Sequence:
     return numpy.argsort(sequence, axis=-1)
 
 
-def _problems(
-    qkv: Array,
-    rel_pos_h: Array,
-    rel_pos_w: Array,
-    sequence: Sequence | None,
-    layout: BlockLayout,
-) -> list[str]:
+def _problems(qkv: Array, sequence: Sequence | None, layout: BlockLayout) -> list[str]:
     """What keeps the kernel from running a call, each as one clause."""
     _, height, width, _, _, head_dim = qkv.shape
     problems = []
@@ -200,14 +200,8 @@ def _problems(
     if problems:
         return problems
 
-    def operands(qkv: Array, rel_pos_h: Array, rel_pos_w: Array, traced: Any) -> Any:
-        order = sequence if traced is None else traced
-        prepared = _prepare(qkv, rel_pos_h, rel_pos_w, order, layout)
-        return prepared.qkv, prepared.operands
-
-    traced = None if isinstance(sequence, np.ndarray) else sequence
-    shapes = jax.eval_shape(operands, qkv, rel_pos_h, rel_pos_w, traced)
-    if _Prepared(Tiling(0, 0, 1), np.zeros(0), None, *shapes).fitting_config() is None:
+    tiles = _tiles((height, width), sequence, layout) is not None
+    if fitting_config((height, width), head_dim, tiles=tiles) is None:
         problems.append(
             "head_dim and the sides of the map must fit in shared memory, got "
             f"head_dim {head_dim} and {height} x {width} tokens"
@@ -267,9 +261,7 @@ def stripe_attention(
     if block_order is not None and block_order.shape != (batch, layout.num_kv_blocks):
         expected = (batch, layout.num_kv_blocks)
         raise ValueError(f"block_order must have shape {expected}, got {block_order.shape}")
-    problems = []
-    if implementation != "xla":
-        problems = _problems(qkv, rel_pos_h, rel_pos_w, sequence, layout)
+    problems = [] if implementation == "xla" else _problems(qkv, sequence, layout)
     chosen = resolve(implementation, function="stripe_attention", problems=problems)
     program = mosaic_stripe_attention if chosen == "mosaic_gpu" else _xla_stripe_attention
     options = {"layout": layout, "block_order": block_order}
@@ -318,11 +310,11 @@ def mosaic_stripe_attention(
     """The kernel on checked arguments; `config` and `interpret` are for tests and tuning."""
     tile_bias = functools.partial(_mosaic_tile_bias, interpret=interpret)
     prepared = _prepare(qkv, rel_pos_h, rel_pos_w, sequence, layout, tile_bias)
-    config = config or prepared.fitting_config()
-    assert config is not None, "the public function checks that a configuration fits"
-    table = step_table(prepared.tile_of_block, layout, block_order, config.block_kv)
     batch, height, width, _, heads, head_dim = qkv.shape
     streamed = prepared.sequence is not None
+    config = config or fitting_config((height, width), head_dim, tiles=not streamed)
+    assert config is not None, "the public function checks that a configuration fits"
+    table = step_table(prepared.tile_of_block, layout, block_order, config.block_kv)
     statics = Statics(layout, config, prepared.tiling, streamed, heads, interpret)
     out = launch(statics, prepared.qkv, prepared.operands, table)
     if prepared.sequence is not None:

@@ -239,8 +239,28 @@ class Attention(nnx.Module):
         qkv = projection(x, kernel, query_bias, implementation=plan.implementation)
         qkv = qkv.reshape(batch, height, width, 3, self.num_heads, -1)
         key_bias = bias[d : 2 * d].reshape(self.num_heads, -1)
-        attend = self._attend_windows if self.window_size else self._attend_grid
-        return attend(qkv, rel_pos_h, rel_pos_w, key_bias, block_input, plan).reshape(x.shape)
+        arrays = (qkv, rel_pos_h, rel_pos_w)
+        if self.window_size:
+            plan.rank_windows(qkv[:, :, :, 1], key_bias, block_input)
+            layout, order = plan.window_layout(self.index)
+            out = window_attention(
+                *arrays,
+                window_size=self.window_size,
+                layout=layout,
+                order=order,
+                implementation=plan.implementation,
+            )
+        else:
+            plan.rank_grid(qkv[:, :, :, 1], key_bias, block_input)
+            layout, sequence, block_order = plan.grid_layout(self.index)
+            out = stripe_attention(
+                *arrays,
+                sequence,
+                layout=layout,
+                block_order=block_order,
+                implementation=plan.implementation,
+            )
+        return out.reshape(x.shape)
 
     def project(
         self,
@@ -257,49 +277,6 @@ class Attention(nnx.Module):
         bias = bias + jnp.matmul(value_bias, kernel, **options)
         implementation = plan.implementation
         return projection(attended, kernel, bias, residual=residual, implementation=implementation)
-
-    def _attend_windows(
-        self,
-        qkv: Array,
-        rel_pos_h: Array,
-        rel_pos_w: Array,
-        key_bias: Array,
-        block_input: Array,
-        plan: Plan,
-    ) -> Array:
-        assert self.window_size is not None
-        plan.rank_windows(qkv[:, :, :, 1], key_bias, block_input)
-        layout, order = plan.window_layout(self.index)
-        return window_attention(
-            qkv,
-            rel_pos_h,
-            rel_pos_w,
-            window_size=self.window_size,
-            layout=layout,
-            order=order,
-            implementation=plan.implementation,
-        )
-
-    def _attend_grid(
-        self,
-        qkv: Array,
-        rel_pos_h: Array,
-        rel_pos_w: Array,
-        key_bias: Array,
-        block_input: Array,
-        plan: Plan,
-    ) -> Array:
-        plan.rank_grid(qkv[:, :, :, 1], key_bias, block_input)
-        layout, sequence, block_order = plan.grid_layout(self.index)
-        return stripe_attention(
-            qkv,
-            rel_pos_h,
-            rel_pos_w,
-            sequence,
-            layout=layout,
-            block_order=block_order,
-            implementation=plan.implementation,
-        )
 
 
 def relative_table(
