@@ -24,7 +24,7 @@ _GLOBAL_STEPS = 64  # densities of global attention that are tried: whole key bl
 def candidates(config: ImageEncoderConfig, densities: Sequence[float]) -> list[Variant]:
     """All candidates, the most promising first."""
     found = []
-    for make in (_main, _details):
+    for make in (_split, _main, _details):
         for density in densities:
             found += list(make(config, density))
     return found
@@ -33,7 +33,7 @@ def candidates(config: ImageEncoderConfig, densities: Sequence[float]) -> list[V
 def compared(densities: Sequence[float]) -> list[Variant]:
     """Every method by name, SparseSAM and its rivals, at every density."""
     return [
-        Variant(f"{name} @{density:g}", method=(name, density))
+        Variant(f"method {name} @{density:g}", method=(name, density))
         for density in densities
         for name in NAMES
     ]
@@ -136,6 +136,24 @@ def _details(config: ImageEncoderConfig, r: float) -> Iterator[Variant]:
         yield balanced(
             config, r, f"mlp 0.7 mean all {name}", mlp=mlp, group_update=_UPDATES["mean all"]
         )
+
+
+def _split(r: float) -> Iterator[Variant]:
+    """The default's own split of the budget, which keeps windows dense, and its ingredients."""
+    fields: dict[str, dict[str, Any]] = {
+        "": {},
+        " spread": {"ranking": "spread"},
+        " unranked": {"ranking": "none"},
+        " block ranking": {"ranking": "block"},
+        " sobel input": {"features": "input"},
+        " dispersion": {"importance": "dispersion"},
+        " per head": {"importance": "dispersion", "per_head": True},
+        " equal": {"split": "equal"},
+        " equal spread": {"split": "equal", "ranking": "spread"},
+    }
+    for name, changed in fields.items():
+        yield Variant(f"balanced{name} @{r:g}", Sparsity(r, **changed))
+    yield Variant(f"balanced mean @{r:g}", Sparsity(r), group_update=_UPDATES["mean"])
 
 
 def _changed(sparsity: Sparsity) -> dict[str, Any]:

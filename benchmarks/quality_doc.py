@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from benchmarks import records
 from benchmarks.records import Record
-from benchmarks.sweep_table import Change, Row, rows
-from benchmarks.variants import DENSE, PRESETS, Variant
+from benchmarks.sweep_table import Change, Row, photo_ious, rows
+from benchmarks.variants import DENSE, PRESETS, Variant, recorded_sparsity
 from sparsesam_jax.config import PRESETS as MODELS
 from sparsesam_jax.config import Sparsity
-from sparsesam_jax.methods import NAMES
+from sparsesam_jax.methods import NAMES, as_sparsity
 
 PATTERN = "quality*.jsonl"
 DENSITIES = (0.5, 0.4, 0.3)
@@ -37,6 +37,17 @@ REFERENCE: dict[tuple[str, float], float] = {
     ("unranked", 0.3): -0.0179,
     ("random", 0.4): -0.0208,
     ("random", 0.3): -0.0234,
+}
+# The default with one ingredient changed.
+INGREDIENTS: dict[str, dict[str, Any]] = {
+    "nothing: the default": {},
+    'density r in every block (`split="equal"`)': {"split": "equal"},
+    "score looks at the block's input": {"features": "input"},
+    "dispersion instead of Sobel": {"importance": "dispersion"},
+    "dispersion, every head by itself": {"importance": "dispersion", "per_head": True},
+    "whole key blocks are ranked": {"ranking": "block"},
+    "attention is not ranked": {"ranking": "none"},
+    "attention is not ranked, its bar spread over the image": {"ranking": "spread"},
 }
 TARGETS = {0.4: 0.004, 0.3: 0.006}  # the default's loss of mIoU, at most
 TOME_RATIO = 2.1  # ToMe's loss over the default's, at least
@@ -94,8 +105,9 @@ def document(paths: Sequence[Path]) -> str:
         _HEAD.format(photos=first["images"], model=first["model"]),
         _reference(measured),
         _default(measured),
+        _ingredients(measured),
         _methods(measured),
-        _devices(measured, dense),
+        _devices(paths),
         *(_everything(path.name, measured, dense[path.name]) for path in paths),
     ]
     return "\n".join(part for part in parts if part)
@@ -143,6 +155,17 @@ def _default(measured: Sequence[Measured]) -> str:
     return _section("The default", text.strip(), ["sparsity", "density", *_COLUMNS], lines)
 
 
+def _ingredients(measured: Sequence[Measured]) -> str:
+    lines = []
+    for density in (0.4, 0.3):
+        for name, fields in INGREDIENTS.items():
+            found = _measured(measured, Sparsity(density, **fields))
+            if found is not None:
+                lines.append([name, f"{density:g}", *_cells(found.row)])
+    text = "The default with one thing changed, always at the work of the released preset."
+    return _section("Ingredients", text, ["changed", "density", *_COLUMNS], lines)
+
+
 def _methods(measured: Sequence[Measured]) -> str:
     lines, verdicts = [], []
     for density in DENSITIES:
@@ -172,34 +195,51 @@ def _against_tome(density: float, ours: Change, tome: Change) -> str:
     )
 
 
-def _devices(measured: Sequence[Measured], dense: dict[str, Record]) -> str:
-    """Variants that were measured on more than one device."""
-    found: dict[str, dict[str, Record]] = {}
-    for summary in (*dense.values(), *(one.summary for one in measured)):
-        key = {name: summary.get(name) for name in ("sparsity", "method", "group_update", "images")}
-        known = found.setdefault(json.dumps(key, sort_keys=True), {})
-        known.setdefault(summary["device"], summary)
+def _devices(paths: Sequence[Path]) -> str:
+    """Variants that were measured on more than one device, on the photos that all of them had."""
+    found: dict[str, dict[str, tuple[str, dict[str, float]]]] = {}
+    for path in paths:
+        ious = photo_ious(path)
+        for summary in (r for r in records.read(path) if r["kind"] == "summary"):
+            key = json.dumps(_definition(summary), sort_keys=True)
+            by_device = found.setdefault(key, {})
+            by_device.setdefault(summary["device"], (summary["variant"], ious[summary["variant"]]))
     lines = []
     for by_device in found.values():
-        if len(by_device) > 1:
-            values = [summary["miou"] for summary in by_device.values()]
-            lines.append(
-                [
-                    next(iter(by_device.values()))["variant"],
-                    "; ".join(f"{name}: {s['miou']:.4f}" for name, s in by_device.items()),
-                    f"{max(values) - min(values):.4f}",
-                ]
-            )
+        photos = set.intersection(*(set(ious) for _, ious in by_device.values()))
+        if len(by_device) < 2 or not photos:
+            continue
+        ordered = sorted(photos)  # so that the sums round alike whatever the order of the set
+        means = {
+            d: sum(ious[p] for p in ordered) / len(ordered) for d, (_, ious) in by_device.items()
+        }
+        lines.append(
+            [
+                next(iter(by_device.values()))[0],
+                str(len(photos)),
+                "; ".join(f"{device}: {mean:.4f}" for device, mean in means.items()),
+                f"{max(means.values()) - min(means.values()):.5f}",
+            ]
+        )
     if not lines:
         return ""
-    return _section(
-        "Devices", "The same variant on several devices.", ["variant", "mIoU", "apart"], lines
-    )
+    text = "The same variant on several devices, on the photos that all of them were given."
+    return _section("Devices", text, ["variant", "photos", "mIoU", "apart"], lines)
+
+
+def _definition(summary: Record) -> dict[str, Any]:
+    """What a record is about, whatever it is called."""
+    sparsity = _sparsity(summary)
+    if summary.get("method") is not None:
+        sparsity = as_sparsity(*summary["method"]) or sparsity
+    kept = None if sparsity is None else dataclasses.asdict(sparsity)
+    method = summary.get("method") if sparsity is None else None
+    return {"sparsity": kept, "method": method, "group_update": summary.get("group_update")}
 
 
 def _everything(file: str, measured: Sequence[Measured], dense: Record) -> str:
     own = [one.row for one in measured if one.file == file]
-    own.sort(key=lambda row: (-_mean_density(row), -row.choose.mean, row.summary["variant"]))
+    own.sort(key=lambda row: (-_mean_density(row), -row.choose, row.summary["variant"]))
     lines = [[row.summary["variant"], f"{_mean_density(row):g}", *_cells(row)] for row in own]
     versions = dense["versions"]
     text = (
@@ -219,8 +259,8 @@ def _cells(row: Row) -> list[str]:
         f"{_gmacs(summary):.2f}",
         f"{row.all.mean:+.4f}",
         f"{row.all.low:+.4f}, {row.all.high:+.4f}",
-        f"{row.choose.mean:+.4f}",
-        f"{row.confirm.mean:+.4f}",
+        f"{row.choose:+.4f}",
+        f"{row.confirm:+.4f}",
         f"{summary['agreement']:.3f}",
         f"{summary['feature_error']:.3f}",
     ]
@@ -236,7 +276,7 @@ def _gmacs(summary: Record) -> float:
 
 def _sparsity(summary: Record) -> Sparsity | None:
     fields: dict[str, Any] | None = summary["sparsity"]
-    return None if fields is None else Sparsity(**fields)
+    return None if fields is None else recorded_sparsity(fields)
 
 
 def _mean_density(row: Row) -> float:
@@ -246,14 +286,17 @@ def _mean_density(row: Row) -> float:
 
 def _preset(measured: Sequence[Measured], preset: str, density: float) -> Measured | None:
     """The latest measurement of a preset, by what was measured and not by its name."""
-    wanted = dataclasses.asdict(PRESETS[preset][1](density))
-    named = {"default": "sparsesam", "released": "released"}.get(preset)
+    return _measured(measured, PRESETS[preset][1](density))
+
+
+def _measured(measured: Sequence[Measured], wanted: Sparsity) -> Measured | None:
+    """The latest measurement of a sparsity, also as a method of that name."""
     for one in reversed(measured):
         summary = one.summary
-        if summary.get("group_update") is None and summary["sparsity"] is not None:
-            if dataclasses.asdict(Sparsity(**summary["sparsity"])) == wanted:
-                return one
-        elif summary.get("method") == [named, density]:
+        found = _sparsity(summary)
+        if summary.get("method") is not None:
+            found = as_sparsity(*summary["method"])
+        if found == wanted and summary.get("group_update") is None:
             return one
     return None
 

@@ -58,7 +58,12 @@ class Program(NamedTuple):
 def program(sparsity: Sparsity, update: GroupUpdate | None) -> Program:
     """The program of a sparsity, perhaps with group updates."""
     ranking = dataclasses.replace(
-        sparsity, density=1.0, attention_density=None, mlp_density=None, mlp_start=None
+        sparsity,
+        density=1.0,
+        split="equal",
+        attention_density=None,
+        mlp_density=None,
+        mlp_start=None,
     )
     return Program(ranking, None if update is None else update.skipped)
 

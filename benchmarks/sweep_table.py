@@ -37,12 +37,12 @@ class Change:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One variant: its record and its changes on all photos and on both halves."""
+    """One variant: its record, its change on all photos and the means on both halves."""
 
     summary: Record
     all: Change
-    choose: Change
-    confirm: Change
+    choose: float
+    confirm: float
 
 
 def choosing_half(names: Sequence[str]) -> Bool[np.ndarray, " images"]:
@@ -54,6 +54,15 @@ def choosing_half(names: Sequence[str]) -> Bool[np.ndarray, " images"]:
     return half
 
 
+def photo_ious(path: Path) -> dict[str, dict[str, float]]:
+    """IoU of every photo under every variant of `quality` or `sweep`, dense included."""
+    found = records.read(path)
+    # `quality` names the photos once, `sweep` with every variant.
+    common: Record = next(({"ids": r["ids"]} for r in found if r["kind"] == "photos"), {})
+    photos = (common | r for r in found if r["kind"] == "per_photo")
+    return {r["variant"]: dict(zip(r["ids"], r["iou"], strict=True)) for r in photos}
+
+
 def rows(path: Path) -> list[Row]:
     """All variants of a sweep but dense, in its order.
 
@@ -61,30 +70,25 @@ def rows(path: Path) -> list[Row]:
         ValueError: The file holds no dense record, or variants of other photos than the dense ones.
         OSError: It cannot be read.
     """
-    found = records.read(path)
-    summaries = {r["variant"]: r for r in found if r["kind"] == "summary"}
-    # `quality` names the photos once, `sweep` with every variant.
-    common: Record = next(({"ids": r["ids"]} for r in found if r["kind"] == "photos"), {})
-    photos: dict[str, Record] = {
-        r["variant"]: common | r for r in found if r["kind"] == "per_photo"
-    }
+    summaries = {r["variant"]: r for r in records.read(path) if r["kind"] == "summary"}
     if DENSE.name not in summaries:
         raise ValueError(f"{path} must hold a sweep with its dense record, got none")
-    dense = photos[DENSE.name]
-    half = choosing_half(dense["ids"])
+    ious = photo_ious(path)
+    dense = ious[DENSE.name]
+    half = choosing_half(list(dense))
     result = []
     for name, summary in summaries.items():
         if name == DENSE.name:
             continue
-        if photos[name]["ids"] != dense["ids"]:
+        if list(ious[name]) != list(dense):
             raise ValueError(f"{path} must be about the same photos throughout, {name} is not")
-        differences = np.subtract(photos[name]["iou"], dense["iou"])
+        differences = np.subtract(list(ious[name].values()), list(dense.values()))
         result.append(
             Row(
                 summary=summary,
                 all=Change.of(differences),
-                choose=Change.of(differences[half]),
-                confirm=Change.of(differences[~half]),
+                choose=float(differences[half].mean()),
+                confirm=float(differences[~half].mean()),
             )
         )
     return result
@@ -97,7 +101,7 @@ def show(path: Path) -> None:
     found = rows(path)
     for density in sorted({_density(row) for row in found}, reverse=True):
         chosen = [row for row in found if _density(row) == density]
-        chosen.sort(key=lambda row: -row.choose.mean)
+        chosen.sort(key=lambda row: -row.choose)
         console.print(_table(density, chosen))
 
 
@@ -121,8 +125,8 @@ def _table(density: float, found: Sequence[Row]) -> Table:
         table.add_row(
             s["variant"],
             f"{s['gmacs']:.2f}",
-            f"{row.choose.mean:+.4f}",
-            f"{row.confirm.mean:+.4f}",
+            f"{row.choose:+.4f}",
+            f"{row.confirm:+.4f}",
             f"{row.all.mean:+.4f}",
             f"{row.all.low:+.4f} {row.all.high:+.4f}",
             f"{s['agreement']:.4f}",

@@ -74,12 +74,14 @@ class Variant(NamedTuple):
 
     @property
     def program(self) -> simulated.Program | None:
-        """What its sparsity shares with others in a sweep; None for dense and other methods."""
+        """What its sparsity shares with others in a sweep; None where nothing is shared."""
         from benchmarks import simulated
 
         sparsity = self._kept()
         update = None if self.group_update is None else self._grouped()
-        return None if sparsity is None else simulated.program(sparsity, update)
+        if sparsity is None or sparsity.ranking == "spread":  # whose order depends on the density
+            return None
+        return simulated.program(sparsity, update)
 
     def knobs(self, config: ImageEncoderConfig) -> simulated.Knobs:
         """What its sparsity keeps, for its `program`."""
@@ -105,8 +107,18 @@ class Variant(NamedTuple):
 
 DENSE = Variant("dense")
 
+
+def recorded_sparsity(fields: dict[str, Any]) -> Sparsity:
+    """The sparsity that a result names; before there was a choice, all had an equal split."""
+    return Sparsity(**({"split": "equal"} | fields))
+
+
 PRESETS: dict[str, tuple[str, Callable[[float], Sparsity]]] = {
     "default": ("Sparsity(r)", Sparsity),
+    "sobel-keys": (
+        "paper, Eq. 1, on the keys, shared by the heads",
+        lambda r: Sparsity(r, split="equal"),
+    ),
     "released": ("Sparsity.released(r): dispersion of the keys, per head", Sparsity.released),
     "attention-only": (
         "released, MLP on all tokens",
@@ -118,19 +130,21 @@ PRESETS: dict[str, tuple[str, Callable[[float], Sparsity]]] = {
     ),
     "sobel-input": (
         "paper, Eq. 1, on the block's input",
-        lambda r: Sparsity(r, importance="sobel", features="input"),
+        lambda r: Sparsity(r, split="equal", importance="sobel", features="input"),
     ),
     "dispersion-input": (
         "dispersion of the block's input",
-        lambda r: Sparsity(r, importance="dispersion", features="input"),
+        lambda r: Sparsity(r, split="equal", importance="dispersion", features="input"),
     ),
     "dispersion-keys": (
         "dispersion of the keys, shared by the heads",
-        lambda r: Sparsity(r, importance="dispersion", features="keys"),
+        lambda r: Sparsity(r, split="equal", importance="dispersion", features="keys"),
     ),
     "block-ranked": (
         "dispersion of the keys ranks whole key blocks",
-        lambda r: Sparsity(r, importance="dispersion", features="keys", ranking="block"),
+        lambda r: Sparsity(
+            r, split="equal", importance="dispersion", features="keys", ranking="block"
+        ),
     ),
     "unranked": (
         "attention unranked, routing by dispersion of the keys, per head",
@@ -138,7 +152,7 @@ PRESETS: dict[str, tuple[str, Callable[[float], Sparsity]]] = {
     ),
     "random": (
         "attention unranked, random routing",
-        lambda r: Sparsity(r, importance="random", ranking="none"),
+        lambda r: Sparsity(r, split="equal", importance="random", ranking="none"),
     ),
     "hilbert": (
         "released, along the Hilbert curve",

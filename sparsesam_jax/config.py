@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 
 Curve = Literal["morton", "hilbert", "raster", "random"]
 Layout = Literal["interleave", "contiguous"]
-Ranking = Literal["group", "block", "none"]
+Ranking = Literal["group", "block", "spread", "none"]
 Importance = Literal["sobel", "dispersion", "uniform", "random"]
 Features = Literal["keys", "input"]
+Split = Literal["balanced", "equal"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,15 +174,20 @@ class Sparsity:
     fields say which keys and tokens the kept work falls on.
 
     Attributes:
-        density: Density of attention and MLP wherever the two fields below do not say otherwise:
-            one number, or one number a block.
-        attention_density: Density of Stripe-Sort attention; None takes `density`.
+        density: How much attention and MLP compute: one number, or one number a block.
+        split: What one number means. `equal` is density r in the attention and the MLP of every
+            block. `balanced` computes as much in all, but keeps windows dense, thins out global
+            attention and gives the rest to the MLP, see `sparsesam_jax.split`.
+        attention_density: Density of Stripe-Sort attention; None takes `density`. With this field
+            or the next there is nothing to balance.
         mlp_density: Density of the routed MLP; None takes `density`.
         curve: Space-filling curve that cuts the grid into groups of 4 consecutive tokens.
         layout: `interleave` lays the tokens out in stripes (member 0 of every group first, then
             member 1, ...), `contiguous` keeps each group together.
-        ranking: What is sorted by importance before attention: whole groups, whole key blocks of
-            the unranked sequence, or nothing. The routed MLP always ranks groups.
+        ranking: What is sorted by importance before attention: whole groups (`group`), whole key
+            blocks of the unranked sequence (`block`), or nothing: the bar's blocks are spread over
+            the image (`spread`) or are the first of the curve (`none`). The routed MLP always ranks
+            groups.
         importance: Score that ranks a group: `sobel` (paper, Eq. 1), `dispersion` (the authors'
             released code), or the controls `uniform` and `random`.
         features: What the score looks at: the attention's `keys` or the block's `input`.
@@ -195,6 +201,7 @@ class Sparsity:
 
     density: float | tuple[float, ...]
     _: dataclasses.KW_ONLY
+    split: Split = "balanced"
     attention_density: float | tuple[float, ...] | None = None
     mlp_density: float | tuple[float, ...] | None = None
     curve: Curve = "morton"
@@ -215,6 +222,7 @@ class Sparsity:
                 object.__setattr__(self, name, value)
             if value is not None:
                 _check_density(name, value)
+        _check_choice("split", self.split, Split)
         _check_choice("curve", self.curve, Curve)
         _check_choice("layout", self.layout, Layout)
         _check_choice("ranking", self.ranking, Ranking)
@@ -235,6 +243,7 @@ class Sparsity:
         """The method as the authors' released code has it: dispersion of the keys, per head."""
         return cls(
             density,
+            split="equal",
             curve="morton",
             layout="interleave",
             ranking="group",
@@ -244,7 +253,7 @@ class Sparsity:
         )
 
     def block_density(self, block: int, depth: int) -> tuple[float, float]:
-        """The densities of one block's attention and MLP.
+        """The densities that the fields give to one block's attention and MLP, before any split.
 
         Raises:
             ValueError: A density is given per block, but not for `depth` blocks.

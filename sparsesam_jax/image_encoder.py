@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,22 @@ from sparsesam_jax.layers import FLOAT32, DTypes, MLPBlock, conv, gelu, layer_no
 from sparsesam_jax.plan import Plan, check_sparsity
 
 _LAYER_NORM_EPSILON = 1e-6
+
+
+class AttentionTables(NamedTuple):
+    """What a block's attention derives from its weights alone, in the compute dtype.
+
+    Attributes:
+        qkv_bias: The projection's bias of the queries; keys and values have none.
+        proj_bias: The output's bias and, passed through the output's kernel, that of the values.
+        rel_pos_h: What every query row adds for every key row of the grid or window.
+        rel_pos_w: The same for columns.
+    """
+
+    qkv_bias: Float[Array, " 3*d"]
+    proj_bias: Float[Array, " d"]
+    rel_pos_h: Float[Array, "Gh side D"]
+    rel_pos_w: Float[Array, "Gw side D"]
 
 
 class ImageEncoder(nnx.Module):
@@ -86,13 +103,15 @@ class ImageEncoder(nnx.Module):
         self.sparsity = sparsity
 
     def __call__(
-        self, pixels: Float[Array, "B height width 3"]
+        self, pixels: Float[Array, "B height width 3"], tables: Sequence[AttentionTables] = ()
     ) -> Float[Array, "B Gh Gw out_chans"]:
         """Encode normalised, padded images.
 
         Args:
             pixels: Normalised RGB images; sides are multiples of the patch size. Position tables
                 are interpolated for another size than `config.image_size`.
+            tables: What `tables` returned for these weights and this grid; without it every call
+                makes them, which is 24 small kernels and more for a ViT-L.
 
         Returns:
             Features in the compute dtype, one a patch.
@@ -100,13 +119,24 @@ class ImageEncoder(nnx.Module):
         Raises:
             ValueError: `pixels` is not [B, height, width, 3] with such sides.
         """
-        return self.neck_features(self.block_outputs(pixels)[-1])
+        return self.neck_features(self.block_outputs(pixels, tables)[-1])
 
-    def block_outputs(self, pixels: Float[Array, "B height width 3"]) -> list[Array]:
+    def tables(self, grid: tuple[int, int] | None = None) -> tuple[AttentionTables, ...]:
+        """What all blocks derive from the weights alone: make it once, and anew for new weights.
+
+        Args:
+            grid: Rows and columns of tokens; None is the configuration's.
+        """
+        grid = grid or (self.config.grid_size, self.config.grid_size)
+        return tuple(block.attn.tables(grid) for block in self.blocks)
+
+    def block_outputs(
+        self, pixels: Float[Array, "B height width 3"], tables: Sequence[AttentionTables] = ()
+    ) -> list[Array]:
         """The tokens after every block, each [B, Gh, Gw, d]; arguments as `__call__`."""
         x = self.embed(pixels)
         grid = (x.shape[1], x.shape[2])
-        plan = Plan(self.config, self.sparsity, grid, self.implementation)
+        plan = Plan(self.config, self.sparsity, grid, self.implementation, tables)
         outputs = []
         for block in self.blocks:
             x = block(x, plan)
@@ -229,17 +259,13 @@ class Attention(nnx.Module):
             plan: Layouts and rankings of this forward.
         """
         batch, height, width, d = x.shape
-        rel_pos_h, rel_pos_w = (
-            relative_table(table[...], side, self.window_size).astype(x.dtype)
-            for table, side in ((self.rel_pos_h, height), (self.rel_pos_w, width))
-        )
+        tables = self._tables(plan)
         assert self.qkv.bias is not None
         kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
-        query_bias = jnp.where(np.arange(3 * d) < d, bias, 0)
-        qkv = projection(x, kernel, query_bias, implementation=plan.implementation)
+        qkv = projection(x, kernel, tables.qkv_bias, implementation=plan.implementation)
         qkv = qkv.reshape(batch, height, width, 3, self.num_heads, -1)
         key_bias = bias[d : 2 * d].reshape(self.num_heads, -1)
-        arrays = (qkv, rel_pos_h, rel_pos_w)
+        arrays = (qkv, tables.rel_pos_h, tables.rel_pos_w)
         if self.window_size:
             plan.rank_windows(qkv[:, :, :, 1], key_bias, block_input)
             layout, order = plan.window_layout(self.index)
@@ -269,14 +295,29 @@ class Attention(nnx.Module):
         residual: Float[Array, "B Gh Gw d"] | None = None,
     ) -> Float[Array, "B Gh Gw d"]:
         """The output projection of what `attend` returned, added to `residual` if there is one."""
-        dtype = attended.dtype
-        assert self.qkv.bias is not None and self.proj.bias is not None
-        kernel, bias = (p[...].astype(dtype) for p in (self.proj.kernel, self.proj.bias))
-        value_bias = self.qkv.bias[...].astype(dtype)[2 * len(bias) :]
-        options = {"precision": self.dtypes.precision, "preferred_element_type": jnp.float32}
-        bias = bias + jnp.matmul(value_bias, kernel, **options)
-        implementation = plan.implementation
+        kernel = self.proj.kernel[...].astype(attended.dtype)
+        bias, implementation = self._tables(plan).proj_bias, plan.implementation
         return projection(attended, kernel, bias, residual=residual, implementation=implementation)
+
+    def tables(self, grid: tuple[int, int]) -> AttentionTables:
+        """What `ImageEncoder.tables` holds for this block."""
+        dtype, d = self.dtypes.compute, self.proj.kernel.shape[0]
+        assert self.qkv.bias is not None and self.proj.bias is not None
+        qkv_bias, kernel, proj_bias = (
+            p[...].astype(dtype) for p in (self.qkv.bias, self.proj.kernel, self.proj.bias)
+        )
+        options = {"precision": self.dtypes.precision, "preferred_element_type": jnp.float32}
+        return AttentionTables(
+            jnp.where(np.arange(3 * d) < d, qkv_bias, 0),
+            proj_bias + jnp.matmul(qkv_bias[2 * d :], kernel, **options),
+            *(
+                relative_table(table[...], side, self.window_size).astype(dtype)
+                for table, side in zip((self.rel_pos_h, self.rel_pos_w), grid, strict=True)
+            ),
+        )
+
+    def _tables(self, plan: Plan) -> AttentionTables:
+        return plan.tables[self.index] if plan.tables else self.tables(plan.grid)
 
 
 def relative_table(

@@ -120,6 +120,31 @@ def block_sequence(
     return jnp.concatenate([ranked, tail], axis=-1)
 
 
+def spread_sequence(
+    sequence: Int[np.ndarray, " N"], num_bar_blocks: int, block_size: int
+) -> Int[np.ndarray, " N"]:
+    """A static sequence whose leading blocks, a layout's bar, are spread over the image.
+
+    Whole stripes stay first, as many as the bar holds; of the next one the bar takes blocks at even
+    distances. All other blocks follow in their order, a partial last block stays last.
+
+    Args:
+        sequence: An unranked sequence in stripes.
+        num_bar_blocks: Blocks in the bar.
+        block_size: Tokens in a block.
+    """
+    full = len(sequence) // block_size
+    stripe = max(1, full // GROUP)
+    whole = num_bar_blocks // stripe * stripe
+    rest = num_bar_blocks - whole
+    chosen = np.concatenate([np.arange(whole), whole + np.arange(rest) * stripe // max(rest, 1)])
+    chosen = chosen[chosen < full]
+    others = np.setdiff1d(np.arange(full), chosen)
+    blocks = sequence[: full * block_size].reshape(full, block_size)
+    spread = blocks[np.concatenate([chosen, others])].ravel()
+    return np.concatenate([spread, sequence[full * block_size :]])
+
+
 def token_order(
     order: Int[np.ndarray, " N"], group_rank: Int[Array, "*batch H G"]
 ) -> Int[Array, "*batch N"]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +14,16 @@ from jaxtyping import Array, Int
 from pallas_kernels import BlockLayout
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.reference import window_partition
-from sparsesam_jax import orders
+from sparsesam_jax import orders, split
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.importance import block_importance, group_importance, rank
-
-Grid = tuple[int, int]
+from sparsesam_jax.macs import Grid
 
 
 def check_sparsity(sparsity: Sparsity, config: ImageEncoderConfig) -> None:
     """Raise ValueError if the sparsity does not fit an encoder of this shape."""
-    for index in range(config.depth):
-        sparsity.block_density(index, config.depth)
-    first = _first_global(config)
+    split.block_densities(config, sparsity)
+    first = split.first_global(config)
     if sparsity.mlp_start is not None and sparsity.mlp_start <= first:
         raise ValueError(
             f"mlp_start must lie behind the first global block ({first}), which ranks the tokens; "
@@ -35,31 +35,20 @@ def attention_layout(
     config: ImageEncoderConfig, sparsity: Sparsity | None, index: int, grid: Grid
 ) -> BlockLayout:
     """The block layout of one block's attention on a token grid (of its window, if windowed)."""
-    density = 1.0 if sparsity is None else sparsity.block_density(index, config.depth)[0]
-    block = 64 if sparsity is None else sparsity.block_size
-    if config.is_global(index):
-        seq_len = grid[0] * grid[1]
-        return BlockLayout.a_shape(seq_len, density, block_q=block, block_kv=block)
-    return BlockLayout.bar(config.window_size**2, density, block_q=block, block_kv=block)
+    if sparsity is None:
+        return split.attention_layout(config, index, grid, 1.0)
+    density = split.block_densities(config, sparsity)[index][0]
+    return split.attention_layout(config, index, grid, density, sparsity.block_size)
 
 
 def num_routed_tokens(
     config: ImageEncoderConfig, sparsity: Sparsity | None, index: int, grid: Grid
 ) -> int | None:
     """Tokens M that a block's MLP runs on, or None where it runs on all: `max(1, round(r N))`."""
-    first = _first_global(config)
-    if sparsity is None or config.is_global(index):
+    if sparsity is None or not split.is_routed(config, sparsity, index):
         return None
-    start = first + 1 if sparsity.mlp_start is None else sparsity.mlp_start
-    density = sparsity.block_density(index, config.depth)[1]
-    if index < start or density == 1:
-        return None
-    return max(1, round(density * grid[0] * grid[1]))
-
-
-def _first_global(config: ImageEncoderConfig) -> int:
-    """The first global block; the depth if there is none, so that nothing lies behind it."""
-    return min(config.global_attn_indexes, default=config.depth)
+    density = split.block_densities(config, sparsity)[index][1]
+    return None if density == 1 else max(1, round(density * grid[0] * grid[1]))
 
 
 @dataclasses.dataclass
@@ -70,6 +59,7 @@ class Plan:
     sparsity: Sparsity | None
     grid: Grid
     implementation: Implementation
+    tables: Sequence[Any] = ()  # `ImageEncoder.tables`; empty: every block makes its own
     window_order: Array | np.ndarray | None = None  # rank -> place in the window
     grid_sequence: Array | np.ndarray | None = None  # rank -> raster index
     block_order: Array | None = None  # [B, num_kv_blocks], rank -> key block
@@ -82,7 +72,9 @@ class Plan:
     def window_layout(self, index: int) -> tuple[BlockLayout | None, Array | np.ndarray | None]:
         """Layout and order of windowed attention; None for dense."""
         layout = self.layout(index)
-        return (None, None) if layout.is_dense else (layout, self.window_order)
+        if layout.is_dense:
+            return None, None
+        return layout, self._spread(self.window_order, layout)
 
     def grid_layout(
         self, index: int
@@ -91,7 +83,16 @@ class Plan:
         layout = self.layout(index)
         if layout.is_dense:
             return layout, None, None
-        return layout, self.grid_sequence, self.block_order
+        return layout, self._spread(self.grid_sequence, layout), self.block_order
+
+    def _spread(
+        self, sequence: Array | np.ndarray | None, layout: BlockLayout
+    ) -> Array | np.ndarray | None:
+        """The sequence that gives the layout's bar its blocks."""
+        if self.sparsity is None or self.sparsity.ranking != "spread":
+            return sequence
+        assert isinstance(sequence, np.ndarray)
+        return orders.spread_sequence(sequence, layout.num_bar_blocks, layout.block_kv)
 
     def routed_tokens(self, index: int) -> Int[Array, "B M"] | None:
         """Raster indices of the tokens that the block's MLP runs on; None for all."""
@@ -109,7 +110,7 @@ class Plan:
             return
         side = self.config.window_size
         order = orders.curve_order(sparsity.curve, side, side, sparsity.seed)
-        if sparsity.ranking == "none":
+        if sparsity.ranking in ("spread", "none"):
             self.window_order = _unranked(order, sparsity)
             return
         if sparsity.features == "keys":

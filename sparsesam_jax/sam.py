@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax import weights
 from sparsesam_jax.config import SamConfig, Sparsity
-from sparsesam_jax.image_encoder import ImageEncoder
+from sparsesam_jax.image_encoder import AttentionTables, ImageEncoder
 from sparsesam_jax.layers import DTypes
 from sparsesam_jax.mask_decoder import MaskDecoder
 from sparsesam_jax.prompt_encoder import ABSENT, NOT_A_POINT, PromptEncoder
@@ -149,9 +149,11 @@ class Sam(nnx.Module):
         model.image_encoder.set_sparsity(sparsity)
         return model
 
-    def encode(self, pixels: Float[Array, "B height width 3"]) -> ImageEmbedding:
-        """Encode normalised, padded images; `image_encoder` says what they must be."""
-        outputs = self.image_encoder.block_outputs(pixels)
+    def encode(
+        self, pixels: Float[Array, "B height width 3"], tables: Sequence[AttentionTables] = ()
+    ) -> ImageEmbedding:
+        """Encode normalised, padded images; arguments as `ImageEncoder.__call__`."""
+        outputs = self.image_encoder.block_outputs(pixels, tables)
         features = self.image_encoder.neck_features(outputs[-1])
         first = min(self.config.image_encoder.global_attn_indexes, default=0)
         return ImageEmbedding(features, outputs[first] if self.config.hq else None)

@@ -1,21 +1,22 @@
-"""Multiply-accumulates of the image encoder, counted from static shapes.
+"""Multiply-accumulates of the image encoder at a sparsity, block by block.
 
-Counted is what the algorithm needs: every product of the layers, the attention's two products over
-the computed key blocks and its position bias. Softmax, LayerNorm and sorting are no
-multiply-accumulates and do not count. Windows count as they are computed, padding included;
-projections run on the real tokens only.
+What counts is said in `sparsesam_jax.macs`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from pallas_kernels import BlockLayout
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+from sparsesam_jax.macs import (
+    Grid,
+    attention_work,
+    computed_pairs,
+    fixed_work,
+    mlp_work,
+    projection_work,
+)
 from sparsesam_jax.plan import attention_layout, num_routed_tokens
-
-Grid = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,53 +83,3 @@ def encoder_work(
             )
         )
     return EncoderWork(tuple(blocks), fixed_work(config, tokens))
-
-
-def computed_pairs(layout: BlockLayout) -> int:
-    """Pairs of a query and a key that a layout computes, partial blocks as large as they are."""
-    queries = _block_sizes(layout.num_q_blocks, layout.block_q, layout.seq_len)
-    keys = _block_sizes(layout.num_kv_blocks, layout.block_kv, layout.seq_len)
-    return sum(
-        query * key
-        for query, row in zip(queries, layout.block_mask, strict=True)
-        for key, computed in zip(keys, row, strict=True)
-        if computed
-    )
-
-
-def attention_work(config: ImageEncoderConfig, index: int, grid: Grid, pairs: int) -> int:
-    """Attention of one block, all heads, given the computed pairs of its grid or of one window.
-
-    Args:
-        config: Shape of the encoder.
-        index: The block.
-        grid: Rows and columns of tokens.
-        pairs: Pairs of a query and a key that one head computes, in each window if windowed.
-    """
-    if config.is_global(index):
-        windows, queries, sides = 1, grid[0] * grid[1], sum(grid)
-    else:
-        side = config.window_size
-        windows = math.ceil(grid[0] / side) * math.ceil(grid[1] / side)
-        queries, sides = side * side, 2 * side
-    return windows * config.embed_dim * (2 * pairs + queries * sides)
-
-
-def projection_work(config: ImageEncoderConfig, tokens: int) -> int:
-    """Queries, keys, values and output of one block."""
-    return 4 * tokens * config.embed_dim**2
-
-
-def mlp_work(config: ImageEncoderConfig, tokens: int) -> int:
-    """The MLP of one block on so many tokens."""
-    return 2 * tokens * config.embed_dim * config.mlp_dim
-
-
-def fixed_work(config: ImageEncoderConfig, tokens: int) -> int:
-    """Patch embedding and neck."""
-    pixels, out = 3 * config.patch_size**2, config.out_chans
-    return tokens * (pixels * config.embed_dim + config.embed_dim * out + 9 * out * out)
-
-
-def _block_sizes(count: int, size: int, length: int) -> list[int]:
-    return [min(size, length - index * size) for index in range(count)]

@@ -60,9 +60,10 @@ def test_density_out_of_range(density):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"split": "fair"}, "split must be one of balanced, equal"),
         ({"curve": "peano"}, "curve must be one of morton, hilbert, raster, random"),
         ({"layout": "striped"}, "layout must be one of interleave, contiguous"),
-        ({"ranking": "token"}, "ranking must be one of group, block, none"),
+        ({"ranking": "token"}, "ranking must be one of group, block, spread, none"),
         ({"importance": "entropy"}, "importance must be one of sobel"),
         ({"features": "values"}, "features must be one of keys, input"),
         ({"per_head": True, "features": "input"}, "per_head needs features='keys'"),

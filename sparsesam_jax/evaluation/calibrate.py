@@ -36,6 +36,7 @@ from sparsesam_jax.image_encoder import ImageEncoder
 from sparsesam_jax.image_files import read_image
 from sparsesam_jax.plan import Plan, check_sparsity
 from sparsesam_jax.sam import Sam
+from sparsesam_jax.split import block_densities
 from sparsesam_jax.transforms import normalise, resize_and_pad
 from sparsesam_jax.work import BlockWork, encoder_work
 
@@ -213,8 +214,7 @@ def table(config: ImageEncoderConfig, before: Sparsity, after: Sparsity) -> Tabl
     )
     for name in ("block", "kind", "attention", "MLP"):
         result.add_column(name, justify="right")
-    for index in range(config.depth):
-        attention, mlp = after.block_density(index, config.depth)
+    for index, (attention, mlp) in enumerate(block_densities(config, after)):
         kind = "global" if config.is_global(index) else "window"
         result.add_row(str(index), kind, f"{attention:g}", f"{mlp:g}")
     return result

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 
 from flax import nnx
 from jaxtyping import Array, Float
 
 from sparsesam_jax.config import ImageEncoderConfig
-from sparsesam_jax.image_encoder import ImageEncoder
+from sparsesam_jax.image_encoder import AttentionTables, ImageEncoder
 from sparsesam_jax.sam import Sam
 from sparsesam_jax.work import EncoderWork
 
@@ -57,7 +58,13 @@ class MethodEncoder(ImageEncoder):
         self.neck = encoder.neck
         self.method = method
 
-    def block_outputs(self, pixels: Float[Array, "B height width 3"]) -> list[Array]:
+    def tables(self, grid: tuple[int, int] | None = None) -> tuple[AttentionTables, ...]:
+        """None: a method applies the blocks as it likes."""
+        return ()
+
+    def block_outputs(
+        self, pixels: Float[Array, "B height width 3"], tables: Sequence[AttentionTables] = ()
+    ) -> list[Array]:
         """The tokens after every block, each [B, Gh, Gw, d]."""
         return self.method.block_outputs(self, self.embed(pixels))
 

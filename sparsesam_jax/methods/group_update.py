@@ -21,9 +21,11 @@ from jaxtyping import Array, Float
 from sparsesam_jax import orders
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.image_encoder import Block, ImageEncoder
+from sparsesam_jax.macs import mlp_work
 from sparsesam_jax.methods.base import Method
 from sparsesam_jax.plan import Plan
-from sparsesam_jax.work import EncoderWork, encoder_work, mlp_work
+from sparsesam_jax.split import block_densities
+from sparsesam_jax.work import EncoderWork, encoder_work
 
 Skipped = Literal["mean", "mean_input", "first"]
 
@@ -62,7 +64,7 @@ class GroupUpdate(Method):
         """Rows that a block's MLP computes; None for all tokens."""
         first = min(config.global_attn_indexes)
         start = first + 1 if self.sparsity.mlp_start is None else self.sparsity.mlp_start
-        density = self.sparsity.block_density(index, config.depth)[1]
+        density = block_densities(config, self.sparsity)[index][1]
         if index < start or density == 1 or (config.is_global(index) and not self.global_blocks):
             return None
         return max(1, round(density * grid[0] * grid[1]))

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsesam_jax.config import ImageEncoderConfig
 from sparsesam_jax.image_encoder import Block
+from sparsesam_jax.macs import mlp_work
 from sparsesam_jax.methods.sequences import (
     Grid,
     SequenceMethod,
@@ -35,7 +36,7 @@ from sparsesam_jax.methods.sequences import (
     softmax,
     window_count,
 )
-from sparsesam_jax.work import EncoderWork, mlp_work
+from sparsesam_jax.work import EncoderWork
 
 
 class Merged(NamedTuple):

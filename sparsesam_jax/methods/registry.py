@@ -13,7 +13,7 @@ from sparsesam_jax.work import EncoderWork, encoder_work
 _SPARSITIES: dict[str, Any] = {
     "sparsesam": Sparsity,
     "released": Sparsity.released,
-    "random": lambda density: Sparsity(density, importance="random", ranking="none"),
+    "random": lambda r: Sparsity(r, split="equal", importance="random", ranking="none"),
 }
 _CLASSES = {
     "tome": ("tome", "ToMe"),
