@@ -138,7 +138,7 @@ def _details(config: ImageEncoderConfig, r: float) -> Iterator[Variant]:
         )
 
 
-def _split(r: float) -> Iterator[Variant]:
+def _split(config: ImageEncoderConfig, r: float) -> Iterator[Variant]:
     """The default's own split of the budget, which keeps windows dense, and its ingredients."""
     fields: dict[str, dict[str, Any]] = {
         "": {},

@@ -229,9 +229,7 @@ def _devices(paths: Sequence[Path]) -> str:
 
 def _definition(summary: Record) -> dict[str, Any]:
     """What a record is about, whatever it is called."""
-    sparsity = _sparsity(summary)
-    if summary.get("method") is not None:
-        sparsity = as_sparsity(*summary["method"]) or sparsity
+    sparsity = _kept(summary)
     kept = None if sparsity is None else dataclasses.asdict(sparsity)
     method = summary.get("method") if sparsity is None else None
     return {"sparsity": kept, "method": method, "group_update": summary.get("group_update")}
@@ -279,6 +277,12 @@ def _sparsity(summary: Record) -> Sparsity | None:
     return None if fields is None else recorded_sparsity(fields)
 
 
+def _kept(summary: Record) -> Sparsity | None:
+    """The sparsity, also of a method that is one."""
+    method = summary.get("method")
+    return _sparsity(summary) if method is None else as_sparsity(*method)
+
+
 def _mean_density(row: Row) -> float:
     density = row.summary["density"]
     return sum(density) / len(density) if isinstance(density, list) else density
@@ -290,15 +294,10 @@ def _preset(measured: Sequence[Measured], preset: str, density: float) -> Measur
 
 
 def _measured(measured: Sequence[Measured], wanted: Sparsity) -> Measured | None:
-    """The latest measurement of a sparsity, also as a method of that name."""
-    for one in reversed(measured):
-        summary = one.summary
-        found = _sparsity(summary)
-        if summary.get("method") is not None:
-            found = as_sparsity(*summary["method"])
-        if found == wanted and summary.get("group_update") is None:
-            return one
-    return None
+    """The measurement of a sparsity on most photos, also as a method of that name."""
+    found = (one for one in reversed(measured) if _kept(one.summary) == wanted)
+    plain = (one for one in found if one.summary.get("group_update") is None)
+    return max(plain, key=lambda one: one.summary["images"], default=None)
 
 
 def _method(measured: Sequence[Measured], name: str, density: float) -> Measured | None:

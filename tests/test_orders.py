@@ -9,6 +9,8 @@ from sparsesam_jax import orders
 from sparsesam_jax.orders import curve_order, stripe_sequence
 
 sides = st.integers(1, 24)
+# What runs in JAX compiles once a shape: fewer than a group, prime, narrow and square grids.
+grids = st.sampled_from([(1, 1), (1, 3), (5, 1), (3, 7), (6, 4), (8, 8), (13, 24)])
 curves = st.sampled_from(["morton", "hilbert", "raster", "random"])
 layouts = st.sampled_from(["interleave", "contiguous"])
 
@@ -18,17 +20,21 @@ def is_permutation(sequence: np.ndarray) -> bool:
 
 
 @given(curves, sides, sides)
-def test_curves_are_permutations_with_inverses(curve: str, height: int, width: int):
-    order = curve_order(curve, height, width)
-    assert is_permutation(order)
+def test_curves_are_permutations(curve: str, height: int, width: int):
+    assert is_permutation(curve_order(curve, height, width))
+
+
+@given(curves, grids)
+def test_curves_have_inverses(curve: str, grid: tuple[int, int]):
+    order = curve_order(curve, *grid)
     inverse = np.asarray(orders.inverse(order))
-    np.testing.assert_array_equal(order[inverse], np.arange(height * width))
-    np.testing.assert_array_equal(inverse[order], np.arange(height * width))
+    np.testing.assert_array_equal(order[inverse], np.arange(len(order)))
+    np.testing.assert_array_equal(inverse[order], np.arange(len(order)))
 
 
-@given(curves, layouts, sides, sides, st.integers(0, 2**32 - 1))
-def test_sequences_are_permutations(curve: str, layout: str, height: int, width: int, seed: int):
-    order = curve_order(curve, height, width)
+@given(curves, layouts, grids, st.integers(0, 2**32 - 1))
+def test_sequences_are_permutations(curve: str, layout: str, grid: tuple[int, int], seed: int):
+    order = curve_order(curve, *grid)
     groups = len(order) // 4
     group_rank = np.random.default_rng(seed).permutation(groups)
     sequence = np.asarray(stripe_sequence(order, group_rank, layout))
@@ -37,11 +43,11 @@ def test_sequences_are_permutations(curve: str, layout: str, height: int, width:
         np.testing.assert_array_equal(sequence[:groups], order[4 * group_rank])
 
 
-@given(curves, sides, sides, st.sampled_from([4, 16, 64]), st.integers(0, 2**32 - 1))
+@given(curves, grids, st.sampled_from([4, 16, 64]), st.integers(0, 2**32 - 1))
 def test_block_sequences_move_whole_blocks(
-    curve: str, height: int, width: int, block: int, seed: int
+    curve: str, grid: tuple[int, int], block: int, seed: int
 ):
-    sequence = curve_order(curve, height, width)
+    sequence = curve_order(curve, *grid)
     full = len(sequence) // block
     block_rank = np.random.default_rng(seed).permutation(full)
     moved = np.asarray(orders.block_sequence(sequence, block_rank, block))
@@ -71,3 +77,25 @@ def test_morton_groups_are_squares(rows: int, cols: int):
 def test_unknown_curve():
     with pytest.raises(ValueError, match="curve must be morton"):
         curve_order("peano", 4, 4)
+
+
+@pytest.mark.parametrize("bar", [0, 5, 10, 16, 25, 64])
+def test_spread_sequence_is_a_prefix_of_blocks_over_the_whole_image(bar: int):
+    order = orders.curve_order("morton", 64, 64)
+    unranked = np.asarray(orders.stripe_sequence(order, np.arange(1024), "interleave"))
+    sequence = orders.spread_sequence(unranked, bar, 64)
+    assert sorted(sequence) == list(range(4096))
+    blocks = {tuple(block) for block in unranked.reshape(64, 64)}
+    assert {tuple(block) for block in sequence.reshape(64, 64)} == blocks
+    rows = sequence[: bar * 64] // 64
+    # Every quarter of the rows has its share, to one block of 64 tokens a stripe.
+    shares = np.histogram(rows, bins=4, range=(0, 64))[0]
+    assert shares.max(initial=0) - shares.min(initial=0) <= 128
+
+
+def test_spread_sequence_keeps_a_partial_last_block():
+    order = orders.curve_order("morton", 14, 14)
+    unranked = np.asarray(orders.stripe_sequence(order, np.arange(49), "interleave"))
+    sequence = orders.spread_sequence(unranked, 2, 64)
+    assert sorted(sequence) == list(range(196))
+    np.testing.assert_array_equal(sequence[192:], unranked[192:])

@@ -102,3 +102,24 @@ def test_errors():
         projection(x, kernel, bias, residual=residual[:2])
     with pytest.raises(ValueError, match="all bfloat16 or all float16"):
         projection(x.astype(jnp.float32), kernel, bias, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("d", [192, 768, 1024, 1280])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_error_and_repeats_on_gpu(batch, d, with_residual, dtype):
+    *arrays, residual = inputs((batch, 64, 64), d, d if with_residual else 3 * d, dtype)
+    residual = residual if with_residual else None
+    options = {"implementation": "mosaic_gpu"}
+    run = jax.jit(lambda *a, residual: projection(*a, residual=residual, **options))
+    first = run(*arrays, residual=residual)
+    want = projection(
+        *(x.astype(jnp.float32) for x in arrays),
+        residual=None if residual is None else residual.astype(jnp.float32),
+        implementation="xla",
+    )
+    assert error(first, np.asarray(want, np.float64)) <= TOLERANCE[dtype]
+    for _ in range(20):
+        assert bool((run(*arrays, residual=residual) == first).all())

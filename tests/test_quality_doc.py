@@ -90,7 +90,7 @@ def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
     assert "Density 0.3: loss 0.0070, target at most 0.006: **not met**." in text
     assert "Density 0.4: ToMe loses 2.6 times as much (target 2.1: met)." in text
     assert "Density 0.3: ToMe loses 1.4 times as much (target 2.1: **not met**)." in text
-    assert "| x | a chip: 0.6890; another: 0.6919 | 0.0029 |" in text
+    assert "| x | 10 | a chip: 0.6890; another: 0.6919 | 0.00290 |" in text
     table = text[text.index("## All of quality_a.jsonl") :]
     assert "| mean | 0.3 |" in table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -17,6 +18,7 @@ from sparsesam_jax.image_encoder import ImageEncoder
 from sparsesam_jax.importance import block_importance, group_importance, rank
 from sparsesam_jax.orders import block_sequence, curve_order, stripe_sequence, token_order
 from sparsesam_jax.plan import attention_layout, num_routed_tokens
+from sparsesam_jax.split import block_densities
 
 DENSITIES = (0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 GRIDS = ((14, 14), (16, 16), (32, 32), (64, 64), (9, 5), (3, 3))
@@ -65,7 +67,14 @@ def load(config: ImageEncoderConfig, sparsity: Sparsity | None, params: dict[str
     return graph, state
 
 
-def check(config: ImageEncoderConfig, sparsity: Sparsity | None, *, batch: int = 1, **random):
+def check(
+    config: ImageEncoderConfig,
+    sparsity: Sparsity | None,
+    *,
+    batch: int = 1,
+    oracle_sparsity: Sparsity | None = None,
+    **random,
+):
     """Every block's output and the features agree with the oracle's, image by image."""
     params = oracle_encoder.random_params(config, seed=0)
     shape = (batch, config.image_size, config.image_size, 3)
@@ -82,7 +91,7 @@ def check(config: ImageEncoderConfig, sparsity: Sparsity | None, *, batch: int =
     outputs = [np.asarray(output) for output in run(state, pixels)]
     for image in range(batch):
         blocks, features, _ = oracle_encoder.encode(
-            params, config, pixels[image], sparsity, **random
+            params, config, pixels[image], oracle_sparsity or sparsity, **random
         )
         errors = [
             np.abs(output[image] - expected).max() / np.abs(expected).max()
@@ -141,7 +150,7 @@ def test_importance(importance, grid):
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("grid", [14, 16, 32, 64])
 def test_layouts_and_routed_tokens(grid, density):
-    config, sparsity = config_for(grid), Sparsity(density)
+    config, sparsity = config_for(grid), Sparsity(density, split="equal")
     num_tokens = grid * grid
     for index, seq_len, oracle_mask in (
         (0, 196, oracle.window_mask),
@@ -172,6 +181,14 @@ def test_released_preset(grid, density):
     check(config_for(grid), Sparsity.released(density))
 
 
+def test_default_split():
+    config, sparsity = config_for(32, depth=4, global_at=(1, 3)), Sparsity(0.4)
+    attention, mlp = zip(*block_densities(config, sparsity), strict=True)
+    explicit = dataclasses.replace(sparsity, attention_density=attention, mlp_density=mlp)
+    assert attention[0] == 1 and attention[1] < 0.4
+    check(config, sparsity, oracle_sparsity=explicit)
+
+
 def test_every_image_of_a_batch_ranks_for_itself():
     check(config_for(32), Sparsity.released(0.4), batch=2)
 
@@ -197,11 +214,11 @@ def test_the_first_block_of_a_kind_ranks_and_global_may_come_first():
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_variants_with_padded_windows(options):
-    check(config_for(22), Sparsity(**options))
+    check(config_for(22), Sparsity(split="equal", **options))
 
 
 def test_random_controls():
-    sparsity = Sparsity(0.4, curve="random", importance="random", seed=3)
+    sparsity = Sparsity(0.4, split="equal", curve="random", importance="random", seed=3)
     orders, scores = {}, {}
     for kind, side in {"windowed": 14, "global": 16}.items():
         orders[kind] = curve_order("random", side, side, sparsity.seed)
@@ -220,7 +237,7 @@ def test_random_controls():
 @pytest.mark.parametrize("ranking", ["group", "block"])
 def test_grids_whose_tokens_do_not_divide_into_groups(ranking):
     # 81 tokens, windows of 25, blocks of 8: a leftover token in both kinds, partial last blocks.
-    check(config_for(9, window=5), Sparsity(0.3, ranking=ranking, block_size=8))
+    check(config_for(9, window=5), Sparsity(0.3, split="equal", ranking=ranking, block_size=8))
 
 
 def test_densities_by_block_and_a_later_start_of_routing():
@@ -235,5 +252,5 @@ def test_densities_by_block_and_a_later_start_of_routing():
 
 
 def test_block_ranking_by_sobel_on_the_full_grid():
-    sparsity = Sparsity(0.4, importance="sobel", features="input", ranking="block")
+    sparsity = Sparsity(0.4, split="equal", importance="sobel", features="input", ranking="block")
     check(config_for(64), sparsity)
