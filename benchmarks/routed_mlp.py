@@ -31,9 +31,9 @@ from jax import lax
 
 from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference
 from pallas_kernels.matmul_kernel import Config, Epilogue
-from pallas_kernels.matmul_tuning import TO_OUTPUT, TO_RESIDUAL, fitting_config, padded
 from pallas_kernels.mlp_weights import MLPWeights
 from pallas_kernels.routed_mlp import GATHER_ROWS, mosaic_mlp, mosaic_routed_mlp
+from pallas_kernels.tuning import fitting_matmul, padded, tuned
 
 EPSILON = 1e-6
 PRODUCTS = ("product1", "product2")
@@ -229,7 +229,7 @@ def step(task: Task, carry: Any, data: dict[str, Any]) -> Any:
         if task.program == "xla":
             hidden = (normed @ weights.kernel1).astype(jnp.float32) + weights.bias1
             return jax.nn.gelu(hidden, approximate=False).astype(normed.dtype)
-        config = task.config or fitting_config(TO_OUTPUT, len(normed), h, d)
+        config = task.config or fitting_matmul(tuned().to_output, len(normed), h, d)
         assert config is not None
         epilogue = task.epilogue or "gelu"
         statics = matmul_kernel.Statics(epilogue, config, case.num_rows, False)
@@ -244,7 +244,7 @@ def step(task: Task, carry: Any, data: dict[str, Any]) -> Any:
         if dense:
             return carry + update
         return carry.at[data["rows"][: case.num_rows]].add(update, unique_indices=True)
-    config = task.config or fitting_config(TO_RESIDUAL, len(hidden), d, h)
+    config = task.config or fitting_matmul(tuned().to_residual, len(hidden), d, h)
     assert config is not None
     statics = matmul_kernel.Statics("add", config, case.num_rows, False)
     return matmul_kernel.launch(statics, hidden, weights.kernel2, weights.bias2, rows=rows, x=carry)

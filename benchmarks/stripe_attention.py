@@ -24,8 +24,9 @@ from benchmarks import gpu_table
 from pallas_kernels import reference, stripe_attention
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.stripe_attention import mosaic_stripe_attention
-from pallas_kernels.stripe_kernel import SEQUENCE_CONFIGS, TILE_CONFIGS, Config, Statics, launch
+from pallas_kernels.stripe_kernel import Config, Statics, launch
 from pallas_kernels.tiles import step_table
+from pallas_kernels.tuning import tuned
 from sparsesam_jax.orders import GROUP, curve_order
 
 
@@ -187,5 +188,5 @@ def plan(case: Case, config: Config | None) -> gpu_table.Programs:
 
 
 if __name__ == "__main__":
-    configs = TILE_CONFIGS + SEQUENCE_CONFIGS
+    configs = tuned().tiles + tuned().sequences
     gpu_table.main("Stripe attention: the kernel and the whole function", plan, CASES, configs)

@@ -23,7 +23,8 @@ import numpy as np
 from benchmarks import gpu_table
 from pallas_kernels import reference, window_attention
 from pallas_kernels.block_layout import BlockLayout
-from pallas_kernels.window_kernel import CONFIGS, Config, launch
+from pallas_kernels.tuning import tuned
+from pallas_kernels.window_kernel import Config, launch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,5 +146,5 @@ def plan(case: Case, config: Config | None) -> gpu_table.Programs:
 
 if __name__ == "__main__":
     # Turns have no effect where an operand has one stage.
-    configs = (*CONFIGS, Config(take_turns=False))
+    configs = (*tuned().windows, Config(take_turns=False))
     gpu_table.main("Window attention: the kernel and the whole function", plan, CASES, configs)

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from pallas_kernels import matmul_kernel
 from pallas_kernels.implementation import Implementation, no_gradient, resolve
 from pallas_kernels.matmul_kernel import Config
-from pallas_kernels.matmul_tuning import TO_OUTPUT, TO_RESIDUAL, fitting_config, padded
 from pallas_kernels.reference import matmul_precision
+from pallas_kernels.tuning import fitting_matmul, padded, tuned
 
 
 def projection(
@@ -76,8 +76,8 @@ def mosaic_projection(
 ) -> Array:
     """The kernel on checked arguments; `config` and `interpret` are for tests and tuning."""
     rows, (d, n) = x.size // x.shape[-1], kernel.shape
-    table = TO_OUTPUT if residual is None else TO_RESIDUAL
-    config = config or fitting_config(table, padded(rows), n, d)
+    table = tuned().to_output if residual is None else tuned().to_residual
+    config = config or fitting_matmul(table, padded(rows), n, d)
     assert config is not None, "a tile of 128 x 64 fits every width that is checked for"
     statics = matmul_kernel.Statics("bias" if residual is None else "add", config, rows, interpret)
     flat = None if residual is None else residual.reshape(rows, n)

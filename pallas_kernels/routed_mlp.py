@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference
 from pallas_kernels.implementation import Implementation, no_gradient, resolve
 from pallas_kernels.matmul_kernel import Config
-from pallas_kernels.matmul_tuning import TO_OUTPUT, TO_RESIDUAL, fitting_config, padded
 from pallas_kernels.mlp_weights import MLPWeights
+from pallas_kernels.tuning import fitting_matmul, padded, tuned
 
 GATHER_ROWS = 16  # rows of a block of threads of gather + LayerNorm
 
@@ -187,8 +187,8 @@ def _statics(
 ) -> Statics:
     d, h = weights.kernel1.shape
     config1, config2 = configs or (
-        fitting_config(TO_OUTPUT, num_rows, h, d),
-        fitting_config(TO_RESIDUAL, num_rows, d, h),
+        fitting_matmul(tuned().to_output, num_rows, h, d),
+        fitting_matmul(tuned().to_residual, num_rows, d, h),
     )
     assert config1 and config2, "a tile of 128 x 64 fits every width that is checked for"
     return Statics(epsilon, config1, config2, interpret)

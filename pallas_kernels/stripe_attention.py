@@ -18,16 +18,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import Implementation, resolve
-from pallas_kernels.stripe_kernel import (
-    SEQUENCE_CONFIGS,
-    TILE_CONFIGS,
-    Config,
-    Operands,
-    Statics,
-    launch,
-)
+from pallas_kernels.stripe_kernel import Config, Operands, Statics, launch
 from pallas_kernels.tile_position import supports_tiles, tile_position
 from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, find_tiling, step_table
+from pallas_kernels.tuning import tuned
 
 Sequence = Array | np.ndarray  # static where it is a numpy array
 TileBias = Callable[[Array, Array, Array, Tiling], tuple[Array, Array]]
@@ -55,9 +49,9 @@ def fitting_config(grid: tuple[int, int], head_dim: int, *, tiles: bool) -> Conf
     """The first configuration that fits in registers and shared memory, for tiles or a sequence."""
     rows, cols = (-(-side // CHUNK) * CHUNK for side in grid)
     if tiles:
-        configs, query_bias, key_bias = TILE_CONFIGS, BLOCK * (4 * grid[0] + 2 * cols), 0
+        configs, query_bias, key_bias = tuned().tiles, BLOCK * (4 * grid[0] + 2 * cols), 0
     else:
-        configs = SEQUENCE_CONFIGS
+        configs = tuned().sequences
         query_bias, key_bias = 2 * BLOCK * (rows + cols), 2 * (rows + cols)
     return next((c for c in configs if c.fits(head_dim, query_bias, key_bias)), None)
 

@@ -75,20 +75,6 @@ class Config:
         return self.num_warpgroups * query + self.num_stages * stage <= SMEM_BYTES
 
 
-# The first that fits is taken. TFLOP/s of the kernel alone, NVIDIA H200, bfloat16, B8 N4096 H16:
-# D 64 dense and at density 0.3, or as said.
-TILE_CONFIGS = (
-    Config(num_warpgroups=3, block_kv=128, num_stages=3),  # 403, 348
-    Config(num_warpgroups=2, block_kv=128, num_stages=2),  # 359, 303 with one stage more; D 80: 385
-    Config(num_warpgroups=2, block_kv=64, num_stages=2),
-)
-SEQUENCE_CONFIGS = (  # ranked groups, density 0.3
-    Config(num_warpgroups=3, block_kv=64, num_stages=3),  # 237
-    Config(num_warpgroups=2, block_kv=64, num_stages=3),  # 185
-    Config(num_warpgroups=2, block_kv=64, num_stages=2),
-)
-
-
 class Operands(NamedTuple):
     """The position bias as the kernel reads it, in the units of q . k.
 

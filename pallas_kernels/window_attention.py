@@ -17,7 +17,8 @@ from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import Implementation, resolve
 from pallas_kernels.relative_position import relative_position, supports
-from pallas_kernels.window_kernel import CONFIGS, REL, SMEM_BYTES, Config, Geometry, Statics, launch
+from pallas_kernels.tuning import tuned
+from pallas_kernels.window_kernel import REL, SMEM_BYTES, Config, Geometry, Statics, launch
 
 HEAD_DIMS = (64, 80)
 WINDOW_SIZES = range(7, 17)
@@ -69,7 +70,7 @@ def mosaic_window_attention(
         sparse, keep = False, np.zeros((1, 1, 1, 256), np.float32)
     else:
         sparse, keep = True, _keep(order, layout.bar_len)
-    for candidate in CONFIGS if config is None else (config,):
+    for candidate in tuned().windows if config is None else (config,):
         config = candidate
         if geometry.smem_bytes(config) <= SMEM_BYTES:
             break

@@ -64,12 +64,6 @@ class Config:
     take_turns: bool = True
 
 
-# The first that fits shared memory is taken. NVIDIA H200, bfloat16, B8, 64 x 64 tokens, H16, w 14,
-# ms a layer: D64 takes the first: 0.125, without turns 0.135 (0.152 where rel has 14 columns, which
-# XLA pads). D80, or D64 with rel in float32, takes the second: correct there, never timed.
-CONFIGS = (Config(), Config(q_stages=1), Config(kv_stages=1, q_stages=1))
-
-
 class Geometry(NamedTuple):
     """One window's operands in shared memory; `of` makes it."""
 

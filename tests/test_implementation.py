@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from pallas_kernels import implementation
+from pallas_kernels import implementation, tuning
 from pallas_kernels.implementation import resolve
 
 
@@ -34,3 +34,12 @@ def test_this_machine_is_named():
 def test_unknown():
     with pytest.raises(ValueError, match="implementation must be one of auto, xla, mosaic_gpu"):
         resolve("triton", function="f")  # pyright: ignore[reportArgumentType]
+
+
+def test_tilings_go_by_device_and_others_take_the_measured_ones(monkeypatch):
+    kind = jax.devices()[0].device_kind
+    monkeypatch.setattr(tuning, "BY_DEVICE", {"NVIDIA H200": tuning.H200})
+    assert tuning.tuned() is tuning.H200
+    own = tuning.H200._replace(windows=tuning.H200.windows[1:])
+    monkeypatch.setitem(tuning.BY_DEVICE, kind, own)
+    assert tuning.tuned() is own

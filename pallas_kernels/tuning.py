@@ -1,0 +1,101 @@
+"""Which tilings the kernels take, by device and shape; each says what was measured.
+
+Only the NVIDIA H200 has been measured (jax 0.11.2, bfloat16); other devices take its entry.
+Of several tilings the first that fits in registers and shared memory is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels import matmul_kernel, stripe_kernel, window_kernel
+
+ROW_MULTIPLE = 256  # rows of a product's operand are padded to this: every tile's rows divide it
+
+Matmuls = dict[float, tuple[matmul_kernel.Config, ...]]  # up to which number of rows
+
+
+class Tuning(NamedTuple):
+    """The tilings of one device.
+
+    Attributes:
+        tiles: Stripe attention whose blocks are tiles.
+        sequences: Stripe attention of a gathered sequence.
+        windows: Window attention.
+        to_output: Products with bias, or with bias and GELU, by their rows.
+        to_residual: Products with bias, residual and perhaps scatter, by their rows.
+    """
+
+    tiles: tuple[stripe_kernel.Config, ...]
+    sequences: tuple[stripe_kernel.Config, ...]
+    windows: tuple[window_kernel.Config, ...]
+    to_output: Matmuls
+    to_residual: Matmuls
+
+
+_PINGPONG = matmul_kernel.Config(cluster=2)
+_SHARED = matmul_kernel.Config(tile_n=256, num_slots=1, take_turns=False)
+_ANY = (_PINGPONG, matmul_kernel.Config(), matmul_kernel.Config(tile_n=64))
+
+H200 = Tuning(
+    # `python -m benchmarks.stripe_attention`, TFLOP/s of the kernel alone, B8 N4096 H16: D 64 dense
+    # and at density 0.3, or as said.
+    tiles=(
+        stripe_kernel.Config(num_warpgroups=3, block_kv=128, num_stages=3),  # 414, 348
+        # With one stage more 359, 303; D 80 dense: 393.
+        stripe_kernel.Config(num_warpgroups=2, block_kv=128, num_stages=2),
+        stripe_kernel.Config(num_warpgroups=2, block_kv=64, num_stages=2),
+    ),
+    # Ranked groups, density 0.3.
+    sequences=(
+        stripe_kernel.Config(num_warpgroups=3, block_kv=64, num_stages=3),  # 237
+        stripe_kernel.Config(num_warpgroups=2, block_kv=64, num_stages=3),  # 185
+        stripe_kernel.Config(num_warpgroups=2, block_kv=64, num_stages=2),
+    ),
+    # `python -m benchmarks.window_attention`, ms a layer, B8, 64 x 64 tokens, H16, w 14.
+    windows=(
+        window_kernel.Config(),  # D 64: 0.131 and 0.125 in two runs, without turns 0.135
+        window_kernel.Config(q_stages=1),  # D 80: 0.218
+        window_kernel.Config(kv_stages=1, q_stages=1),
+    ),
+    # `python -m benchmarks.routed_mlp`, TFLOP/s at d = 1024 with bias and GELU; 1229, 4096, 9832
+    # and 32768 rows are densities 0.3 and 1 at batch 1 and 8.
+    to_output={
+        2048: (matmul_kernel.Config(tile_m=64, num_stages=6), *_ANY),  # 366
+        6144: (_SHARED, *_ANY),  # 540, ping-pong 484
+        16384: _ANY,  # 585, shared 540
+        # 625, groups of 16 580, shared 557.
+        math.inf: (matmul_kernel.Config(cluster=2, group_m=32), *_ANY),
+    },
+    # The same with bias, residual and scatter.
+    to_residual={
+        2048: (matmul_kernel.Config(), *_ANY),  # 337
+        6144: (_SHARED, *_ANY),  # 664, ping-pong 443
+        # 607, 128 x 128 593.
+        16384: (
+            matmul_kernel.Config(tile_m=64, tile_n=256, num_stages=5, num_slots=1),
+            *_ANY,
+        ),
+        math.inf: (_SHARED, *_ANY),  # 676, ping-pong 636
+    },
+)
+BY_DEVICE = {"NVIDIA H200": H200}
+
+
+def tuned() -> Tuning:
+    """The tilings for the default device."""
+    return BY_DEVICE.get(jax.devices()[0].device_kind, H200)
+
+
+def fitting_matmul(table: Matmuls, m: int, n: int, k: int) -> matmul_kernel.Config | None:
+    """The first tiling of a table that fits a product of [m, k] and [k, n]."""
+    configs = next(configs for rows, configs in table.items() if m <= rows)
+    return next((config for config in configs if config.fits(m, n, k)), None)
+
+
+def padded(num_rows: int) -> int:
+    """Rows of the compact buffers for so many tokens."""
+    return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
