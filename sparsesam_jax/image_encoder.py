@@ -117,7 +117,8 @@ class ImageEncoder(nnx.Module):
             Features in the compute dtype, one a patch.
 
         Raises:
-            ValueError: `pixels` is not [B, height, width, 3] with such sides.
+            ValueError: `pixels` is not [B, height, width, 3] with such sides, or `tables` is of
+                another encoder or grid.
         """
         return self.neck_features(self.block_outputs(pixels, tables)[-1])
 
@@ -134,6 +135,9 @@ class ImageEncoder(nnx.Module):
         self, pixels: Float[Array, "B height width 3"], tables: Sequence[AttentionTables] = ()
     ) -> list[Array]:
         """The tokens after every block, each [B, Gh, Gw, d]; arguments as `__call__`."""
+        if tables and len(tables) != len(self.blocks):
+            expected = f"one entry a block ({len(self.blocks)})"
+            raise ValueError(f"tables must have {expected} or none, got {len(tables)}")
         x = self.embed(pixels)
         grid = (x.shape[1], x.shape[2])
         plan = Plan(self.config, self.sparsity, grid, self.implementation, tables)

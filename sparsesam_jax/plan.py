@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from sparsesam_jax import orders, split
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.importance import block_importance, group_importance, rank
 from sparsesam_jax.macs import Grid
+
+if TYPE_CHECKING:
+    from sparsesam_jax.image_encoder import AttentionTables
 
 
 def check_sparsity(sparsity: Sparsity, config: ImageEncoderConfig) -> None:
@@ -59,7 +62,7 @@ class Plan:
     sparsity: Sparsity | None
     grid: Grid
     implementation: Implementation
-    tables: Sequence[Any] = ()  # `ImageEncoder.tables`; empty: every block makes its own
+    tables: Sequence[AttentionTables] = ()  # empty: every block makes its own
     window_order: Array | np.ndarray | None = None  # rank -> place in the window
     grid_sequence: Array | np.ndarray | None = None  # rank -> raster index
     block_order: Array | None = None  # [B, num_kv_blocks], rank -> key block
