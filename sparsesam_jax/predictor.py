@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
-from sparsesam_jax.prompt_encoder import (
-    ABSENT,
-    BACKGROUND,
-    BOX_BOTTOM_RIGHT,
-    BOX_TOP_LEFT,
-    FOREGROUND,
-    NOT_A_POINT,
-)
+from sparsesam_jax.image_encoder import AttentionTables
+from sparsesam_jax.prompt_arrays import ImagePrompt, ImageSizes, pad_together
 from sparsesam_jax.sam import ImageEmbedding, Sam
 from sparsesam_jax.transforms import (
     MASK_THRESHOLD,
@@ -29,7 +23,6 @@ from sparsesam_jax.transforms import (
 )
 
 Masks = tuple[np.ndarray, np.ndarray, np.ndarray]
-_MIN_POINTS = 4  # one point, one box, or both: the common prompts share one compilation
 
 
 class SamPredictor:
@@ -60,12 +53,14 @@ class SamPredictor:
         decoder = nnx.merge(*nnx.split(sam))
         del decoder.image_encoder
         self._encoder, self._decoder = _Program.of(sam), _Program.of(decoder)
+        side = image_size // encoder.patch_size
+        self._tables = sam.image_encoder.tables((side, side))
         self.reset_image()
 
     def reset_image(self) -> None:
         """Forget the image."""
         self._embedding: ImageEmbedding | None = None
-        self._sizes: list[_Sizes] = []
+        self._sizes: list[ImageSizes] = []
 
     @property
     def is_image_set(self) -> bool:
@@ -109,10 +104,11 @@ class SamPredictor:
             rgb = image if image_format == "RGB" else image[..., ::-1]
             pixels, resized = resize_and_pad(np.ascontiguousarray(rgb), self.image_size)
             padded.append(pixels)
-            sizes.append(_Sizes(image.shape[:2], resized))
+            sizes.append(ImageSizes(image.shape[:2], resized))
         self._embedding = _encode(
             self._encoder.graph,
-            self._encoder.state,
+            self._encoder.leaves,
+            self._tables,
             np.stack(padded),
             np.array([s.resized for s in sizes], np.int32),
         )
@@ -158,7 +154,7 @@ class SamPredictor:
         """
         if len(self._sizes) > 1:
             raise RuntimeError("predict needs one image; after set_image_batch use predict_batch")
-        prompt = _Prompt(point_coords, point_labels, box, mask_input)
+        prompt = ImagePrompt(point_coords, point_labels, box, mask_input)
         return self._predict([prompt], multimask_output, return_logits, hq_token_only)[0]
 
     def predict_batch(
@@ -204,7 +200,7 @@ class SamPredictor:
                     f"{name} must have one entry an image ({count}), got {len(values)}"
                 )
             columns.append([None] * count if values is None else values)
-        prompts = [_Prompt(*prompt) for prompt in zip(*columns, strict=True)]
+        prompts = [ImagePrompt(*prompt) for prompt in zip(*columns, strict=True)]
         results = self._predict(prompts, multimask_output, return_logits, hq_token_only)
         masks, iou, low_res = (list(field) for field in zip(*results, strict=True))
         return masks, iou, low_res
@@ -216,7 +212,7 @@ class SamPredictor:
 
     def _predict(
         self,
-        prompts: list[_Prompt],
+        prompts: list[ImagePrompt],
         multimask_output: bool,
         return_logits: bool,
         hq_token_only: bool,
@@ -228,10 +224,10 @@ class SamPredictor:
             prompt.arrays(sizes, low_res_size)
             for prompt, sizes in zip(prompts, self._sizes, strict=True)
         ]
-        points, labels, mask_input = _pad_together(arrays)
+        points, labels, mask_input = pad_together(arrays)
         low_res, iou = _decode(
             self._decoder.graph,
-            self._decoder.state,
+            self._decoder.leaves,
             embedding,
             points,
             labels,
@@ -257,132 +253,16 @@ class SamPredictor:
 
 
 class _Program(NamedTuple):
-    """A model taken apart for a jitted function."""
+    """A model taken apart for a jitted function; a flat list is what JAX takes fastest."""
 
     graph: _Graph
-    state: nnx.State
+    leaves: list[Array]
 
     @classmethod
     def of(cls, model: nnx.Module) -> _Program:
         graphdef, state = nnx.split(model)
-        return cls(_Graph(graphdef), state)
-
-
-class _Sizes(NamedTuple):
-    original: tuple[int, int]
-    resized: tuple[int, int]
-
-
-class _PromptArrays(NamedTuple):
-    points: Float[np.ndarray, "P T 2"]
-    labels: Int[np.ndarray, "P T"]
-    mask_input: Float[np.ndarray, "P h w"] | None
-
-
-class _Prompt(NamedTuple):
-    """The prompts of one image as `predict` takes them."""
-
-    point_coords: np.ndarray | None
-    point_labels: np.ndarray | None
-    box: np.ndarray | None
-    mask_input: np.ndarray | None
-
-    @property
-    def is_batched(self) -> bool:
-        """Whether the prompts came with a leading axis."""
-        ranks = ((self.point_coords, 3), (self.box, 2), (self.mask_input, 4))
-        return any(x is not None and np.ndim(x) == rank for x, rank in ranks)
-
-    def arrays(self, sizes: _Sizes, low_res_size: tuple[int, int]) -> _PromptArrays:
-        """Points (box corners included), labels and mask input, checked, in the input's frame."""
-        points, labels = self._points()
-        if self.box is not None:
-            corners = np.asarray(self.box, np.float64)
-            if corners.shape[-1:] != (4,) or corners.ndim > 2:
-                raise ValueError(f"box must be [4] or [P, 4], got shape {corners.shape}")
-            corners = corners.reshape(-1, 2, 2)
-            count = max(len(points), len(corners))
-            if not {len(points), len(corners)} <= {1, count}:
-                raise ValueError(
-                    f"point_coords and box must be for as many prompts, "
-                    f"got {len(points)} and {len(corners)}"
-                )
-            points, labels, corners = (
-                np.broadcast_to(x, (count, *x.shape[1:])) for x in (points, labels, corners)
-            )
-            corner_labels = np.broadcast_to([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], (count, 2))
-            points = np.concatenate([points, corners], 1)
-            labels = np.concatenate([labels, corner_labels], 1)
-        elif labels.shape[1]:  # SAM gives points that come without a box one more
-            points = np.pad(points, ((0, 0), (0, 1), (0, 0)))
-            labels = np.pad(labels, ((0, 0), (0, 1)), constant_values=NOT_A_POINT)
-        scale = np.divide(sizes.resized[::-1], sizes.original[::-1])
-        return _PromptArrays(
-            (points * scale).astype(np.float32),
-            labels.astype(np.int32),
-            self._mask_input(len(points), low_res_size),
-        )
-
-    def _points(self) -> tuple[np.ndarray, np.ndarray]:
-        if self.point_coords is None or np.size(self.point_coords) == 0:
-            if np.size(self.point_labels if self.point_labels is not None else ()):
-                raise ValueError("point_labels must come with point_coords, got labels alone")
-            return np.zeros((1, 0, 2)), np.zeros((1, 0), np.int32)
-        points = np.asarray(self.point_coords, np.float64)
-        if points.ndim not in (2, 3) or points.shape[-1] != 2:
-            raise ValueError(f"point_coords must be [T, 2] or [P, T, 2], got shape {points.shape}")
-        if self.point_labels is None:
-            raise ValueError("point_labels must be given with point_coords, got None")
-        labels = np.asarray(self.point_labels)
-        if labels.shape != points.shape[:-1]:
-            raise ValueError(
-                f"point_labels must have the shape {points.shape[:-1]}, got {labels.shape}"
-            )
-        if not np.isin(labels, (NOT_A_POINT, BACKGROUND, FOREGROUND)).all():
-            raise ValueError(f"point_labels must be 1 or 0, got {sorted(set(labels.flat))}")
-        return points.reshape(-1, *points.shape[-2:]), labels.reshape(-1, labels.shape[-1])
-
-    def _mask_input(self, count: int, low_res_size: tuple[int, int]) -> np.ndarray | None:
-        if self.mask_input is None:
-            return None
-        mask = np.asarray(self.mask_input, np.float32)
-        expected = (1, *low_res_size)
-        if mask.shape[-3:] != expected or mask.ndim not in (3, 4):
-            raise ValueError(
-                f"mask_input must be {list(expected)} or [P, {', '.join(map(str, expected))}], "
-                f"got shape {mask.shape}"
-            )
-        mask = mask.reshape(-1, *low_res_size)
-        if len(mask) not in (1, count):
-            raise ValueError(f"mask_input must be for {count} prompts, got {len(mask)}")
-        return np.broadcast_to(mask, (count, *low_res_size))
-
-
-def _pad_together(arrays: list[_PromptArrays]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """The prompts of a batch at one shape: absent points and unused prompts fill up."""
-    prompts = _power_of_two(max(len(a.labels) for a in arrays))
-    length = max(_MIN_POINTS, _power_of_two(max(a.labels.shape[1] for a in arrays)))
-    points = np.zeros((len(arrays), prompts, length, 2), np.float32)
-    labels = np.full((len(arrays), prompts, length), ABSENT, np.int32)
-    for index, a in enumerate(arrays):
-        count, size = a.labels.shape
-        points[index, :count, :size] = a.points
-        labels[index, :count, :size] = a.labels
-    given = [a.mask_input for a in arrays if a.mask_input is not None]
-    if not given:
-        return points, labels, None
-    if len(given) != len(arrays):
-        raise ValueError(
-            f"mask_input must be given for all images or none, got {len(given)} of {len(arrays)}"
-        )
-    masks = np.zeros((len(arrays), prompts, *given[0].shape[1:]), np.float32)
-    for index, mask in enumerate(given):
-        masks[index, : len(mask)] = mask
-    return points, labels, masks
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << max(0, count - 1).bit_length()
+        leaves, tree = jax.tree.flatten(state)
+        return cls(_Graph(graphdef, tree), leaves)
 
 
 def check_image(image: object) -> None:
@@ -397,28 +277,39 @@ def check_image(image: object) -> None:
 
 
 class _Graph:
-    """A model's graph as a static argument, hashed once: hashing takes milliseconds."""
+    """A model's structure as a static argument, hashed once: hashing takes milliseconds."""
 
-    def __init__(self, graphdef: nnx.GraphDef):
-        self.graphdef = graphdef
-        self._hash = hash(graphdef)
+    def __init__(self, graphdef: nnx.GraphDef, tree: Any):
+        self._parts = (graphdef, tree)
+        self._hash = hash(self._parts)
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Graph) and self.graphdef == other.graphdef)
+        return self is other or (isinstance(other, _Graph) and self._parts == other._parts)
+
+    def merge(self, leaves: list[Array]) -> Any:
+        """The model with these parameters."""
+        graphdef, tree = self._parts
+        return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(graph: _Graph, state: nnx.State, padded: Array, sizes: Array) -> ImageEmbedding:
-    return nnx.merge(graph.graphdef, state).encode(normalise(padded, sizes))
+def _encode(
+    graph: _Graph,
+    leaves: list[Array],
+    tables: tuple[AttentionTables, ...],
+    padded: Array,
+    sizes: Array,
+) -> ImageEmbedding:
+    return graph.merge(leaves).encode(normalise(padded, sizes), tables)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("multimask_output", "hq_token_only"))
 def _decode(
     graph: _Graph,
-    state: nnx.State,
+    leaves: list[Array],
     embedding: ImageEmbedding,
     points: Array,
     labels: Array,
@@ -427,7 +318,7 @@ def _decode(
     multimask_output: bool,
     hq_token_only: bool,
 ) -> tuple[Array, Array]:
-    low_res, iou = nnx.merge(graph.graphdef, state).decode(
+    low_res, iou = graph.merge(leaves).decode(
         embedding,
         points,
         labels,
