@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from benchmarks import encoder
+from benchmarks import commands
 
 app = typer.Typer(
     add_completion=False,
@@ -59,7 +59,15 @@ def cpu(
     _finish(run)
 
 
-app.command(name="encoder")(encoder.main)
+for suite in (
+    commands.ceilings,
+    commands.kernels,
+    commands.encoder,
+    commands.end_to_end,
+    commands.scaling,
+    commands.quick,
+):
+    app.command(name=suite.__name__.replace("_", "-"))(suite)
 
 
 @app.command()
@@ -189,6 +197,24 @@ def quality_doc(
         from benchmarks import quality_doc
 
         quality_doc.write(results, out)
+        return True
+
+    _finish(run)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder of the raw files.")] = Path(
+        "benchmarks/results"
+    ),
+    out: Annotated[Path, typer.Option(help="The document.")] = Path("docs/benchmarks.md"),
+) -> None:
+    """Write docs/benchmarks.md and its pictures from the raw files of all suites."""
+
+    def run() -> bool:
+        from benchmarks import report
+
+        report.write(results, out)
         return True
 
     _finish(run)

@@ -1,261 +1,262 @@
-"""The image encoder on a GPU: XLA beside the Mosaic GPU kernels, each case in its own process.
+"""The image encoder: XLA, the Mosaic GPU kernels and PyTorch, each case in its own process.
 
     python -m benchmarks encoder --model vit_l --batch 8 --density 1 --density 0.3 --out FILE
 
-Random weights and images. Cases compile side by side and are timed one at a time. Outputs are first
-compared with float32 XLA where `--check` asks for it: the same function of the same weights.
+Random weights, the same for all, and random images. Outputs are first compared with the same
+function of the same weights in float32 (XLA). `decomposition` adds sparse attention with the whole
+MLP, so that implementation and algorithm are told apart: dense as naive XLA, dense with the
+kernels, sparse attention, both sparse.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-from pathlib import Path
-from typing import Annotated, Any
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
-import typer
+from benchmarks import ceilings, encoder_names, machine, shapes
+from benchmarks.pool import Children, Job, Outcome, labels, run
+from benchmarks.records import Record, Write
+from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+from sparsesam_jax.split import block_densities
+from sparsesam_jax.work import encoder_work
 
-from benchmarks import records, shapes
-from benchmarks.timing import Spread
-
-_READY = "ready"
+OURS = ("xla", "mosaic_gpu")
+IMPLEMENTATIONS = (*OURS, *encoder_names.TORCH)
+# Relative Frobenius against float32. Rounding in every layer; and in sparse encoders, groups of
+# nearly equal importance that change places. Another function is off by 0.3 or more.
+MAX_ERROR = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+MAX_SPARSE_ERROR = {"float32": 5e-2, "bfloat16": 0.2, "float16": 0.1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One encoder; `features` is where its output for the first image goes."""
+class Options:
+    """What to measure: every combination of the lists that there is.
 
-    model: str
-    batch: int
-    density: float
-    implementation: str
-    dtype: str
-    ranking: str
-    features: str
-    timed: bool = True
+    Attributes:
+        models: Names of `shapes.MODELS`.
+        batches: Images a run.
+        densities: 1 is dense. Peers that know no sparsity run dense only.
+        implementations: Of `IMPLEMENTATIONS`.
+        sparse: Fields of `Sparsity` beside its density; without them its defaults.
+        dtype: Of all but the references.
+        check: Whether to compare with float32.
+        decomposition: Densities at which the kernels run sparse attention with the whole MLP too.
+        runs: Timed runs of each case.
+        warmups: Untimed runs of each.
+        loops: Runs of a ceiling in one of its programs.
+        width: Processes that compile at a time.
+        limit: Seconds after which the rest is given up.
+        commit: Of the tree, where it is no checkout.
+    """
 
+    models: Sequence[str] = ("vit_l",)
+    batches: Sequence[int] = (8, 1)
+    densities: Sequence[float] = (1.0, 0.3)
+    implementations: Sequence[str] = IMPLEMENTATIONS
+    sparse: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = "bfloat16"
+    check: bool = True
+    decomposition: Sequence[float] = ()
+    runs: int = 20
+    warmups: int = 5
+    loops: int = 10
+    width: int = 6
+    limit: float = 3600
+    commit: str | None = None
 
-def run(case: Case) -> dict[str, Any]:
-    """Compile, run and time one case in this process."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
+    def __post_init__(self) -> None:
+        for name in self.models:
+            shapes.model_config(name)
+        for name in self.implementations:
+            if name not in IMPLEMENTATIONS:
+                expected = ", ".join(IMPLEMENTATIONS)
+                raise ValueError(f"implementation must be one of {expected}; got {name!r}")
+        for density in (*self.densities, *self.decomposition):
+            if not 0 < density <= 1:
+                raise ValueError(f"density must lie in (0, 1], got {density}")
+        for name in ("runs", "width", *(["batches"] if not self.batches else [])):
+            if not getattr(self, name) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for batch in self.batches:
+            if batch < 1:
+                raise ValueError(f"batch must be positive, got {batch}")
+        self.sparsity(0.5)
+        if self.dtype not in MAX_ERROR:
+            raise ValueError(f"dtype must be one of {', '.join(MAX_ERROR)}; got {self.dtype!r}")
 
-    from sparsesam_jax import Sam, Sparsity
-
-    config = shapes.model_config(case.model)
-    sparsity = None
-    if case.density < 1:
-        ranking: Any = case.ranking
-        sparsity = Sparsity(case.density, ranking=ranking)
-    dtype = jnp.dtype(case.dtype)
-    implementation: Any = case.implementation
-    options = {"dtype": dtype, "param_dtype": dtype, "implementation": implementation}
-    sam = Sam.abstract(config, sparsity=sparsity, **options)
-    graphdef, state = nnx.split(sam.image_encoder)
-    random = shapes.random_weights(config)
-    leaves = [
-        (key, leaf.replace(jnp.asarray(random[".".join(["image_encoder", *map(str, key)])], dtype)))
-        for key, leaf in nnx.to_flat_state(state)
-    ]
-    del random
-    state = nnx.from_flat_state(leaves)
-    pixels = jnp.asarray(shapes.random_pixels(config, case.batch), dtype)
-
-    @jax.jit
-    def encode(state: nnx.State, pixels: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, state)(pixels)
-
-    start = time.perf_counter()
-    lowered = encode.lower(state, pixels)
-    lower_s = time.perf_counter() - start
-    compiled = lowered.compile()
-    compile_s = time.perf_counter() - start
-    out = jax.block_until_ready(compiled(state, pixels))
-    np.save(case.features, np.asarray(out[0], np.float32))
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    device = jax.devices()[0]
-    record: dict[str, Any] = {
-        "suite": "encoder",
-        "peer": "sparsesam_jax",
-        **dataclasses.asdict(case),
-        "compile_s": compile_s,
-        "lower_s": lower_s,
-        "temp_mib": memory.temp_size_in_bytes / 2**20,
-        "argument_mib": memory.argument_size_in_bytes / 2**20,
-        "device": device.device_kind,
-        "versions": records.versions(),
-        "commit": records.commit(),
-        "weights": shapes.WEIGHTS_DISTRIBUTION,
-        "pixels": shapes.PIXELS_DISTRIBUTION,
-    }
-    if not case.timed:
-        return record
-    # The others still compile, and try kernels on the GPU.
-    print(_READY, flush=True)
-    sys.stdin.readline()
-    times = []
-    for i in range(25):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(state, pixels))
-        if i >= 5:
-            times.append((time.perf_counter() - start) * 1e3)
-    parts = _parts(lambda: jax.block_until_ready(compiled(state, pixels)))
-    same = all(bool((compiled(state, pixels) == out).all()) for _ in range(20))
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    spread = Spread.of(times)
-    return (
-        record
-        | spread._asdict()
-        | {
-            "ms_per_image": spread.median_ms / case.batch,
-            "peak_mib": None if peak is None else peak / 2**20,
-            "repeats_equal": same,
-            "parts_ms": parts,
-        }
-    )
+    def sparsity(self, density: float) -> Sparsity | None:
+        """What a density keeps."""
+        if density == 1:
+            return None
+        return Sparsity(density, **self.sparse)
 
 
-def _parts(call: Any, runs: int = 3) -> dict[str, float]:
-    """Milliseconds of a run in every GPU kernel, by the profiler, the longest first."""
-    import jax
+QUICK = Options(
+    models=(shapes.QUICK_MODEL,),
+    batches=(1,),
+    implementations=("xla", "mosaic_gpu", "eager", "compile", "flex", "transformers"),
+    dtype="float32",
+    runs=3,
+    warmups=1,
+    loops=1,
+    width=1,
+)
 
-    total: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(runs):
-                call()
-        for path in Path(folder).rglob("*.xplane.pb"):
-            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-                if not plane.name.startswith("/device:GPU"):
+
+def attention_only(kept: Sparsity, config: ImageEncoderConfig) -> Sparsity:
+    """The attention of a sparsity with the MLP of all tokens."""
+    attention = tuple(pair[0] for pair in block_densities(config, kept))
+    return dataclasses.replace(kept, attention_density=attention, mlp_density=1.0)
+
+
+def jobs(options: Options) -> list[Job]:
+    """All cases, by model; references and ceilings first."""
+    ceiling: dict[tuple[str, int], list[Record]] = {}
+    found = []
+    for model in options.models:
+        if options.check:
+            found += [_reference(options, model, kept) for kept in _kept(options, model)]
+        for batch in options.batches:
+            found.append(_ceiling(options, model, batch, ceiling))
+        for name, batch in itertools.product(options.implementations, options.batches):
+            for kept in _kept(options, model):
+                partial = kept is not None and kept.mlp_density is not None
+                if kept is not None and name not in (*OURS, "flex"):
                     continue
-                for line in plane.lines:
-                    for event in line.events if line.name.startswith("Stream") else ():
-                        total[event.name] = (
-                            total.get(event.name, 0) + event.duration_ns / 1e6 / runs
-                        )
-    return dict(sorted(total.items(), key=lambda item: -item[1]))
+                if partial and name != "mosaic_gpu":
+                    continue
+                found.append(_case(options, model, batch, name, kept, ceiling))
+    return found
 
 
-def _label(case: Case) -> str:
-    ranking = f" {case.ranking}" if case.density < 1 else ""
-    return f"{case.model} B{case.batch} r{case.density}{ranking} {case.implementation} {case.dtype}"
+def _kept(options: Options, model: str) -> list[Sparsity | None]:
+    whole = [options.sparsity(density) for density in options.densities]
+    sparse = [kept for density in options.decomposition if (kept := options.sparsity(density))]
+    config = shapes.model_config(model).image_encoder
+    return whole + [attention_only(kept, config) for kept in sparse]
 
 
-def _error(features: str, reference: str) -> float:
-    want = np.load(reference)
-    return float(np.linalg.norm(np.load(features) - want) / np.linalg.norm(want))
+def _ceiling(
+    options: Options, model: str, batch: int, ceiling: dict[tuple[str, int], list[Record]]
+) -> Job:
+    job = ceilings.job(model, batch, dtype=options.dtype, runs=options.runs, loops=options.loops)
+
+    def keep(record: Record) -> None:
+        if not record["not_run"]:
+            ceiling.setdefault((model, batch), []).append(record)
+
+    return dataclasses.replace(job, finish=keep)
 
 
-def main(
-    model: Annotated[list[str], typer.Option(help="vit_t, vit_b, vit_l or vit_h.")],
-    batch: Annotated[list[int], typer.Option(help="Images a run.")],
-    density: Annotated[list[float], typer.Option(help="1 is dense.")],
-    implementation: Annotated[list[str], typer.Option(help="xla or mosaic_gpu.")],
-    ranking: Annotated[str, typer.Option(help="Of the sparse cases.")] = "group",
-    check: Annotated[bool, typer.Option(help="Compare with float32 XLA.")] = False,
-    parts: Annotated[int, typer.Option(help="Longest kernels of every case to print.")] = 0,
-    limit: Annotated[float, typer.Option(help="Seconds after which the rest is given up.")] = 600,
-    out: Annotated[Path | None, typer.Option(help="JSON lines to write.")] = None,
-) -> None:
-    """Our encoder on this machine's GPU: XLA and the kernels, every combination of the options."""
-    for name in model:
-        if name not in shapes.MODELS:
-            expected = ", ".join(shapes.MODELS)
-            raise typer.BadParameter(f"--model must be one of {expected}; got {name!r}")
-    for name in implementation:
-        if name not in ("xla", "mosaic_gpu"):
-            raise typer.BadParameter(f"--implementation must be xla or mosaic_gpu; got {name!r}")
-    if not all(0 < r <= 1 for r in density):
-        raise typer.BadParameter(f"--density must lie in (0, 1], got {density}")
-    with tempfile.TemporaryDirectory() as folder, records.writer(out) as write:
-
-        def case(m: str, b: int, r: float, i: str, dtype: str, *, timed: bool = True) -> Case:
-            return Case(
-                model=m,
-                batch=b,
-                density=r,
-                implementation=i,
-                dtype=dtype,
-                ranking=ranking,
-                features=f"{folder}/{m}_{b}_{r}_{i}_{dtype}.npy",
-                timed=timed,
-            )
-
-        cases = [
-            case(m, 1, r, "xla", "float32", timed=False)
-            for m in (model if check else [])
-            for r in density
-        ]
-        references = {(c.model, c.density): c.features for c in cases}
-        cases += [
-            case(m, b, r, i, "bfloat16")
-            for m in model
-            for b in batch
-            for r in density
-            for i in implementation
-        ]
-        environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
-        command = [sys.executable, "-m", "benchmarks.encoder", "--one"]
-        jobs = []
-        for c in cases:
-            errors = open(f"{c.features}.err", "w+")  # noqa: SIM115 - as long as the process
-            argument = json.dumps(dataclasses.asdict(c))
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-            job = subprocess.Popen([*command, argument], env=environment, text=True, **pipes)
-            jobs.append((c, job, errors))
-        missing = False
-        timer = threading.Timer(limit, lambda: [job.kill() for _, job, _ in jobs])
-        timer.start()
-        first = [job.stdout.readline().strip() for _, job, _ in jobs]  # until all are compiled
-        for (c, job, errors), line in zip(jobs, first, strict=True):
-            if line == _READY:
-                line = job.communicate("go\n")[0].strip()
-            if job.wait():
-                errors.seek(0)
-                why = f"more than {limit:.0f} s" if job.returncode < 0 else errors.read()[-600:]
-                print(f"{_label(c)}: not run, {why}", flush=True)
-                missing = True
-                continue
-            record = json.loads(line.splitlines()[-1])
-            reference = references.get((c.model, c.density))
-            if c.timed and reference and Path(reference).exists():
-                record["max_error"] = _error(c.features, reference)
-            del record["features"]
-            write(record)
-            if c.timed:
-                _print(c, record, parts)
-        timer.cancel()
-    if missing:
-        raise typer.Exit(1)
+def _reference_name(model: str, kept: Sparsity | None) -> str:
+    density = 1.0 if kept is None else kept.density
+    part = "attention only" if kept is not None and kept.mlp_density is not None else None
+    return labels([model, "float32 xla", f"r{density}", part])
 
 
-def _print(case: Case, record: dict[str, Any], parts: int) -> None:
-    images = case.batch
-    print(
-        f"{_label(case)}: {record['ms_per_image']:.3f} ms an image "
-        f"({record['q1_ms'] / images:.3f} to {record['q3_ms'] / images:.3f}), "
-        f"GPU busy {sum(record['parts_ms'].values()) / images:.3f}, "
-        f"peak {record['peak_mib'] or math.nan:.0f} MiB, temp {record['temp_mib']:.0f}, "
-        f"error {record.get('max_error', math.nan):.2e}, same {record['repeats_equal']}, "
-        f"compile {record['compile_s']:.0f} s",
-        flush=True,
+def _reference(options: Options, model: str, kept: Sparsity | None) -> Job:
+    return Job(
+        label=_reference_name(model, kept),
+        module="benchmarks.encoder_jax",
+        arguments=dict(
+            model=model,
+            batch=1,
+            implementation="xla",
+            dtype="float32",
+            sparsity=None if kept is None else dataclasses.asdict(kept),
+            runs=0,
+            warmups=0,
+            timed=False,
+        ),
+        environment=machine.reference_environment(),
+        known={"suite": "encoder", "peer": "reference", "model": model},
+        name=_reference_name(model, kept),
     )
-    for name, ms in list(record["parts_ms"].items())[:parts]:
-        print(f"    {ms:8.3f} ms  {name[:90]}", flush=True)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        print(json.dumps(run(Case(**json.loads(sys.argv[2])))))
-    else:
-        typer.run(main)
+def _case(
+    options: Options,
+    model: str,
+    batch: int,
+    name: str,
+    kept: Sparsity | None,
+    ceiling: dict[tuple[str, int], list[Record]],
+) -> Job:
+    ours = name in OURS
+    partial = kept is not None and kept.mlp_density is not None
+    density = 1.0 if kept is None else kept.density
+    part = ("attention" if partial else "attention and MLP") if kept is not None else None
+    bounds = MAX_ERROR if kept is None else MAX_SPARSE_ERROR
+    work = encoder_work(shapes.model_config(model).image_encoder, kept)
+
+    def finish(record: Record) -> None:
+        if record["not_run"] or "median_ms" not in record:
+            return
+        record["ms_per_image"] = record["median_ms"] / batch
+        record["tflops"] = 2e-9 * batch * work.total / record["median_ms"]
+        if rates := ceiling.get((model, batch)):
+            config = shapes.model_config(model).image_encoder
+            summary = ceilings.summary(rates)
+            floor = ceilings.floor_ms(config, kept, batch, summary)
+            record["ceiling"] = summary
+            record["floor_ms"] = floor
+            record["share_of_ceiling"] = sum(floor.values()) / record["median_ms"]
+
+    return Job(
+        label=labels(
+            [
+                f"{model} B{batch} r{density}",
+                name,
+                "attention only" if partial else None,
+                options.dtype,
+            ]
+        ),
+        module="benchmarks.encoder_jax" if ours else "benchmarks.encoder_torch",
+        arguments=dict(
+            model=model,
+            batch=batch,
+            implementation=name,
+            dtype=options.dtype,
+            sparsity=None if kept is None else dataclasses.asdict(kept),
+            runs=options.runs,
+            warmups=options.warmups,
+        ),
+        environment=machine.jax_environment() if ours else machine.torch_environment(),
+        known={
+            "suite": "encoder",
+            "peer": "sparsesam_jax" if ours else _torch_peer(name),
+            "model": model,
+            "batch": batch,
+            "density": density,
+            "sparse": part,
+            "sparsity": None if kept is None else dataclasses.asdict(kept),
+            "implementation": name,
+            "dtype": options.dtype,
+            "image_size": shapes.model_config(model).image_encoder.image_size,
+            "gmacs": work.total / 1e9,
+            "weights": shapes.WEIGHTS_DISTRIBUTION,
+            "pixels": shapes.PIXELS_DISTRIBUTION,
+            "median_ms": None,
+        },
+        reference=_reference_name(model, kept) if options.check else None,
+        max_error=bounds[options.dtype],
+        finish=finish,
+    )
+
+
+def _torch_peer(name: str) -> str:
+    return "transformers" if name.startswith("transformers") else "torch"
+
+
+def measure(options: Options, write: Write, children: Children | None = None) -> Outcome:
+    """Check and time everything; one line and one record a case."""
+    return run(
+        jobs(options),
+        write,
+        width=options.width,
+        limit=options.limit,
+        commit=options.commit,
+        children=children,
+    )

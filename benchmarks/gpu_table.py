@@ -75,8 +75,8 @@ def changes(dataclass: Any) -> str:
     return " ".join(f"{name}={x}" for name, x in values.items() if x != default[name])
 
 
-def _compile(step: Callable[[Any], jax.Array], arrays: Any) -> Any:
-    """`step(arrays)`, LOOPS times in one program that returns the last result."""
+def compile_loop(step: Callable[[Any], jax.Array], arrays: Any, loops: int = LOOPS) -> Any:
+    """`step(arrays)`, `loops` times in one program that returns the last result."""
     shape = jax.eval_shape(step, arrays)
 
     def run(arrays: Any) -> jax.Array:
@@ -86,7 +86,7 @@ def _compile(step: Callable[[Any], jax.Array], arrays: Any) -> Any:
             return count + 1, step(own_arrays)
 
         zeros = jnp.zeros(shape.shape, shape.dtype)
-        return lax.fori_loop(0, LOOPS, again, (0, zeros))[1]
+        return lax.fori_loop(0, loops, again, (0, zeros))[1]
 
     return jax.jit(run).lower(arrays).compile()
 
@@ -106,7 +106,8 @@ def _build(programs: Programs) -> Callable[[], Record]:
     """Compile; what comes back checks and times."""
     arrays = programs.arrays
     operands = jax.jit(programs.prepare)(arrays)
-    kernel, whole = _compile(programs.kernel, operands), _compile(programs.whole, arrays)
+    kernel = compile_loop(programs.kernel, operands)
+    whole = compile_loop(programs.whole, arrays)
 
     def measure() -> Record:
         error = programs.error(whole(arrays))

@@ -19,8 +19,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 
 
 @contextlib.contextmanager
-def writer(path: Path | None) -> Iterator[Write]:
+def writer(path: Path | None, *, append: bool = False) -> Iterator[Write]:
     """Records into a JSON-lines file, which the first record replaces; None keeps none.
+
+    With `append` they go behind what the file holds.
 
     Every record is flushed at once: what was measured outlives an interrupt.
     """
@@ -33,7 +35,7 @@ def writer(path: Path | None) -> Iterator[Write]:
                 return
             if file is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(open(path, "w", encoding="utf-8"))
+                file = stack.enter_context(open(path, "a" if append else "w", encoding="utf-8"))
             file.write(json.dumps(record) + "\n")
             file.flush()
 

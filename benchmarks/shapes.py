@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from sparsesam_jax.config import PRESETS, ImageEncoderConfig, SamConfig
 
@@ -64,8 +64,26 @@ def random_weights(config: SamConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def random_pixels(
-    config: SamConfig, batch: int, seed: int = 1
+    config: SamConfig, batch: int, seed: int = 1, image_size: int | None = None
 ) -> Float[np.ndarray, "B height width 3"]:
-    """Normalised images as the encoder takes them, float32, drawn as `PIXELS_DISTRIBUTION` says."""
-    side = config.image_encoder.image_size
+    """Normalised images as the encoder takes them, float32, drawn as `PIXELS_DISTRIBUTION` says.
+
+    The first images of a larger batch are those of a smaller one.
+    """
+    side = image_size or config.image_encoder.image_size
     return np.random.default_rng(seed).standard_normal((batch, side, side, 3), np.float32)
+
+
+def random_image(height: int, width: int, seed: int = 2) -> UInt8[np.ndarray, "height width 3"]:
+    """An RGB image of smooth colours with noise on them."""
+    rng = np.random.default_rng(seed)
+    rows, cols = np.mgrid[:height, :width].astype(np.float32)
+    waves = [np.sin(rows / (31 + 9 * i)) * np.cos(cols / (43 + 7 * i)) for i in range(3)]
+    levels = 128 + 90 * np.stack(waves, axis=-1) + rng.normal(0, 12, (height, width, 3))
+    return np.clip(levels, 0, 255).astype(np.uint8)
+
+
+def diagonal_points(count: int, height: int, width: int) -> Float[np.ndarray, "count 1 2"]:
+    """As many prompts of one point (x, y), along the image's diagonal."""
+    steps = (np.arange(count) + 0.5) / count
+    return np.stack([steps * width, steps * height], axis=-1)[:, None]

@@ -36,3 +36,12 @@ def time_ms(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
+
+
+def queued_ms(launch: Callable[[], Any], wait: Callable[[Any], Any], runs: int) -> float:
+    """Wall time of a run where every run is launched before the one before it has ended."""
+    start = time.perf_counter()
+    for _ in range(runs - 1):
+        launch()
+    wait(launch())
+    return (time.perf_counter() - start) * 1e3 / runs

@@ -110,7 +110,8 @@ DENSE = Variant("dense")
 
 def recorded_sparsity(fields: dict[str, Any]) -> Sparsity:
     """The sparsity that a result names; before there was a choice, all had an equal split."""
-    return Sparsity(**({"split": "equal"} | fields))
+    equal: dict[str, Any] = {"split": "equal"}
+    return Sparsity(**(equal | fields))
 
 
 PRESETS: dict[str, tuple[str, Callable[[float], Sparsity]]] = {

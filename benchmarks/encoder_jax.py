@@ -1,0 +1,147 @@
+"""This project's encoder as the encoder suite runs it."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks import records, shapes
+from benchmarks.process import NotRunError, Program
+from benchmarks.records import Record
+from benchmarks.timing import Spread, queued_ms, time_ms
+from pallas_kernels.implementation import Implementation, device_problem
+from sparsesam_jax import Sam, Sparsity
+from sparsesam_jax.config import SamConfig
+
+REPEATS = 20  # runs that must agree to the bit
+
+
+def build(
+    model: str,
+    batch: int,
+    implementation: Implementation,
+    dtype: str,
+    sparsity: dict[str, Any] | None,
+    runs: int,
+    warmups: int,
+    timed: bool = True,
+    image_size: int | None = None,
+    profile: bool = True,
+) -> Program:
+    """One encoder, compiled and run once; its output is the first image's features."""
+    needs_gpu(implementation)
+    config = shapes.model_config(model)
+    kept = None if sparsity is None else Sparsity(**sparsity)
+    graphdef, state = random_encoder(config, dtype, kept, implementation)
+    pixels = jnp.asarray(shapes.random_pixels(config, batch, image_size=image_size), dtype)
+    # What is timed gets its parameters as a flat list and the tables made beforehand, as
+    # `SamPredictor` has them; references make their own.
+    leaves, tree = jax.tree.flatten(state)
+    side = pixels.shape[1] // config.image_encoder.patch_size
+    make = jax.jit(lambda state: nnx.merge(graphdef, state).tables((side, side)))
+    tables = make(state) if timed else ()
+
+    @jax.jit
+    def encode(leaves: list[jax.Array], tables: Any, pixels: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(pixels, tables)
+
+    start = time.perf_counter()
+    lowered = encode.lower(leaves, tables, pixels)
+    lower_s = time.perf_counter() - start
+    compiled = lowered.compile()
+    compile_s = time.perf_counter() - start
+    out = jax.block_until_ready(compiled(leaves, tables, pixels))
+    sizes = compiled.memory_analysis()
+    assert sizes is not None
+    notes = {
+        "compile_s": compile_s,
+        "lower_s": lower_s,
+        "temp_mib": sizes.temp_size_in_bytes / 2**20,
+        "argument_mib": sizes.argument_size_in_bytes / 2**20,
+        "device": device_name(),
+    }
+
+    def launch() -> jax.Array:
+        return compiled(leaves, tables, pixels)
+
+    def call() -> jax.Array:
+        return jax.block_until_ready(launch())
+
+    def measure() -> Record:
+        for _ in range(warmups):
+            call()
+        spread = Spread.of([time_ms(call) for _ in range(runs)])
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        repeats = REPEATS if jax.devices()[0].platform == "gpu" else 2
+        return dict(spread._asdict()) | {
+            "queued_ms": queued_ms(launch, jax.block_until_ready, runs),
+            "peak_mib": None if peak is None else peak / 2**20,
+            "repeats_equal": all(bool((call() == out).all()) for _ in range(repeats)),
+            **({"parts_ms": kernel_times(call)} if profile else {}),
+        }
+
+    first = np.asarray(out[0], np.float32)
+    return Program(first, measure if timed else None, notes)
+
+
+def needs_gpu(implementation: str) -> None:
+    """Raise NotRunError where the kernels cannot run."""
+    problem = device_problem() if implementation == "mosaic_gpu" else None
+    if problem is not None:
+        raise NotRunError(problem)
+
+
+def random_encoder(
+    config: SamConfig, dtype: str, sparsity: Sparsity | None, implementation: Implementation
+) -> tuple[Any, nnx.State]:
+    """The encoder's graph and its state with `shapes.random_weights`."""
+    options = {"dtype": dtype, "param_dtype": dtype, "implementation": implementation}
+    sam = Sam.abstract(config, sparsity=sparsity, **options)
+    return random_state(sam.image_encoder, config, dtype, "image_encoder")
+
+
+def random_state(
+    module: nnx.Module, config: SamConfig, dtype: str, prefix: str = ""
+) -> tuple[Any, nnx.State]:
+    """An abstract module's graph, and a state of `shapes.random_weights`."""
+    graphdef, state = nnx.split(module)
+    random = shapes.random_weights(config)
+    lead = [prefix] if prefix else []
+    leaves = [
+        (key, leaf.replace(jnp.asarray(random[".".join([*lead, *map(str, key)])], dtype)))
+        for key, leaf in nnx.to_flat_state(state)
+    ]
+    return graphdef, nnx.from_flat_state(leaves)
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's."""
+    device = jax.devices()[0]
+    return records.cpu_name() if device.platform == "cpu" else device.device_kind
+
+
+def kernel_times(call: Any, runs: int = 3) -> dict[str, float]:
+    """Milliseconds of a run in every GPU kernel, by the profiler, the longest first."""
+    if jax.devices()[0].platform != "gpu":
+        return {}
+    total: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(runs):
+                call()
+        for path in Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                if not plane.name.startswith("/device:GPU"):
+                    continue
+                for line in plane.lines:
+                    for event in line.events if line.name.startswith("Stream") else ():
+                        ms = event.duration_ns / 1e6 / runs
+                        total[event.name] = total.get(event.name, 0) + ms
+    return dict(sorted(total.items(), key=lambda item: -item[1]))

@@ -1,0 +1,218 @@
+"""From an image to its masks, `set_image` and `predict` as users call them, and the parts.
+
+A generated image and points on its diagonal. `preprocess` is the resize on the host; `encoder` is
+what remains of `set_image`, transfer and normalisation included; `decoder` is the jitted decoder,
+its logits on the host; `upscale` takes the masks to the image's size on the host. Low-resolution
+logits are first compared with those of the same model in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine, shapes
+from benchmarks.pool import Children, Job, Outcome, labels, run
+from benchmarks.process import Program
+from benchmarks.records import Record, Write
+from benchmarks.timing import Spread, time_ms
+from sparsesam_jax.config import Sparsity
+
+IMAGE_SIDES = (75 / 64, 225 / 128)  # height and width of the image in sides of the model's input
+PROMPTS = (1, 10)
+# Relative Frobenius error of the logits, after encoder and decoder; see `encoder.MAX_ERROR`.
+MAX_ERROR = {"float32": 2e-2, "bfloat16": 0.15, "float16": 0.1}
+MAX_SPARSE_ERROR = {"float32": 0.1, "bfloat16": 0.4, "float16": 0.3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure: every combination.
+
+    Attributes:
+        models: Names of `shapes.MODELS`.
+        densities: 1 is dense.
+        implementations: `xla` or `mosaic_gpu`.
+        dtype: Of the model.
+        runs: Timed runs.
+        width: Processes that compile at a time.
+        limit: Seconds after which the rest is given up.
+        commit: Of the tree, where it is no checkout.
+    """
+
+    models: Sequence[str] = ("vit_l",)
+    densities: Sequence[float] = (1.0, 0.3)
+    implementations: Sequence[str] = ("mosaic_gpu", "xla")
+    dtype: str = "bfloat16"
+    runs: int = 20
+    width: int = 6
+    limit: float = 3600
+    commit: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.models:
+            shapes.model_config(name)
+        for name in self.implementations:
+            if name not in ("xla", "mosaic_gpu"):
+                raise ValueError(f"implementation must be xla or mosaic_gpu; got {name!r}")
+        for density in self.densities:
+            if not 0 < density <= 1:
+                raise ValueError(f"density must lie in (0, 1], got {density}")
+        for name in ("runs", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+QUICK = Options(models=(shapes.QUICK_MODEL,), densities=(1.0,), dtype="float32", runs=3, width=1)
+
+
+def image_size(model: str) -> tuple[int, int]:
+    """Height and width of the image; 1200 x 1800 for SAM's 1024."""
+    side = shapes.model_config(model).image_encoder.image_size
+    return int(IMAGE_SIDES[0] * side), int(IMAGE_SIDES[1] * side)
+
+
+def jobs(options: Options) -> list[Job]:
+    """All cases, each density's reference first."""
+    found = []
+    for model, density in itertools.product(options.models, options.densities):
+        arguments = dict(model=model, density=density, runs=options.runs)
+        name = labels([model, f"r{density}", "float32 xla"])
+        found.append(
+            Job(
+                label=name,
+                module="benchmarks.end_to_end",
+                arguments=arguments | dict(implementation="xla", dtype="float32", timed=False),
+                environment=machine.reference_environment(),
+                known={"suite": "end-to-end", "peer": "reference", "model": model},
+                name=name,
+            )
+        )
+        bounds = MAX_ERROR if density == 1 else MAX_SPARSE_ERROR
+        for implementation in options.implementations:
+            found.append(
+                Job(
+                    label=labels([f"{model} r{density}", implementation, options.dtype]),
+                    module="benchmarks.end_to_end",
+                    arguments=arguments | dict(implementation=implementation, dtype=options.dtype),
+                    environment=machine.jax_environment(),
+                    known={
+                        "suite": "end-to-end",
+                        "peer": "sparsesam_jax",
+                        "model": model,
+                        "batch": 1,
+                        "density": density,
+                        "implementation": implementation,
+                        "dtype": options.dtype,
+                        "image": image_size(model),
+                        "weights": shapes.WEIGHTS_DISTRIBUTION,
+                        "median_ms": None,
+                    },
+                    reference=name,
+                    max_error=bounds[options.dtype],
+                )
+            )
+    return found
+
+
+def measure(options: Options, write: Write, children: Children | None = None) -> Outcome:
+    """Check and time everything; a record for every number of prompts."""
+    return run(
+        jobs(options),
+        write,
+        width=options.width,
+        limit=options.limit,
+        commit=options.commit,
+        children=children,
+    )
+
+
+def build(
+    model: str, density: float, runs: int, implementation: Any, dtype: str, timed: bool = True
+) -> Program:
+    """A predictor whose programs are compiled; its output is the logits of all prompts."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from benchmarks.encoder_jax import device_name, needs_gpu, random_state
+    from sparsesam_jax import Sam, SamPredictor
+    from sparsesam_jax.sam import ImageEmbedding, scale_points
+    from sparsesam_jax.transforms import MASK_THRESHOLD, mask_resize_matrices, resize_and_pad
+
+    needs_gpu(implementation)
+    config = shapes.model_config(model)
+    sparsity = None if density == 1 else Sparsity(density)
+    options: Any = dict(dtype=dtype, param_dtype=dtype, implementation=implementation)
+    abstract = Sam.abstract(config, sparsity=sparsity, **options)
+    predictor = SamPredictor(nnx.merge(*random_state(abstract, config, dtype)))
+    size, side = image_size(model), predictor.image_size
+    image = shapes.random_image(*size)
+
+    def set_image() -> None:
+        predictor.set_image(image)
+        jax.block_until_ready(predictor.get_image_embedding())
+
+    def predict(count: int) -> np.ndarray:
+        points = shapes.diagonal_points(count, *size)
+        return predictor.predict(points, np.ones(points.shape[:2], np.int32))[2]
+
+    set_image()
+    logits = predict(max(PROMPTS))
+    if not timed:
+        return Program(logits, None, {})
+    for count in PROMPTS:
+        predict(count)
+    _, resized = resize_and_pad(image, side)
+    graphdef, state = nnx.split(predictor.sam)
+
+    @jax.jit
+    def decode(state: nnx.State, features: jax.Array, points: jax.Array) -> jax.Array:
+        labels = jnp.ones(points.shape[:-1], jnp.int32)
+        return nnx.merge(graphdef, state).decode(ImageEmbedding(features, None), points, labels)[0]
+
+    def decoder(count: int) -> np.ndarray:
+        points = scale_points(jnp.asarray(shapes.diagonal_points(count, *size)), size, resized)
+        return np.asarray(decode(state, predictor.get_image_embedding(), points[None]))
+
+    def upscale(low_res: np.ndarray) -> None:
+        low = (low_res.shape[-2], low_res.shape[-1])
+        rows, cols = mask_resize_matrices(low, (side, side), resized, size)
+        np.stack([rows @ logits @ cols.T > MASK_THRESHOLD for logits in low_res])
+
+    def measure() -> Record:
+        set_ms = [time_ms(set_image) for _ in range(runs)]
+        resize_ms = [time_ms(lambda: resize_and_pad(image, side)) for _ in range(runs)]
+        several = []
+        for count in PROMPTS:
+            low_res = predict(count)
+            predict_ms = [time_ms(lambda count=count: predict(count)) for _ in range(runs)]
+            decoder(count)
+            decode_ms = [time_ms(lambda count=count: decoder(count)) for _ in range(runs)]
+            up_ms = [time_ms(lambda low_res=low_res: upscale(low_res)) for _ in range(runs)]
+            total = Spread.of([a + b for a, b in zip(set_ms, predict_ms, strict=True)])
+            medians = [Spread.of(x).median_ms for x in (set_ms, resize_ms, decode_ms, up_ms)]
+            set_image_ms, preprocess, decoding, upscaling = medians
+            parts = {
+                "preprocess": preprocess,
+                "encoder": set_image_ms - preprocess,
+                "decoder": decoding,
+                "upscale": upscaling,
+            }
+            peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+            several.append(
+                {
+                    "prompts": count,
+                    **total._asdict(),
+                    "ms_per_image": total.median_ms,
+                    "peak_mib": None if peak is None else peak / 2**20,
+                    "parts_ms": parts,
+                }
+            )
+        return {"several": several}
+
+    return Program(logits, measure, {"device": device_name()})

@@ -1,0 +1,110 @@
+"""The functions of the kernels suite as this project has them, by XLA or as Mosaic GPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.encoder_jax import device_name, needs_gpu
+from benchmarks.kernel_cases import Case
+from benchmarks.process import Program
+from benchmarks.records import Record
+from benchmarks.timing import Spread, queued_ms
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.mlp_weights import MLPWeights
+from pallas_kernels.routed_mlp import mlp, routed_mlp
+from pallas_kernels.stripe_attention import stripe_attention
+from pallas_kernels.window_attention import window_attention
+
+
+def build(
+    case: dict[str, Any],
+    implementation: Implementation,
+    runs: int,
+    loops: int,
+    reference: bool = False,
+) -> Program:
+    """One function; its output is the last image's. A reference is float32, of that image alone."""
+    needs_gpu(implementation)
+    what = Case(**case)
+    function, arrays = bind(what, implementation, what.arrays(), reference=reference)
+    if reference:
+        return Program(_last(jax.jit(function)(arrays)), None, {})
+    out = _last(jax.jit(function)(arrays))
+    launch = _mlp_launch(function, arrays) if what.op == "mlp" else _launch(function, arrays)
+
+    def call() -> float:
+        return queued_ms(launch, jax.block_until_ready, loops)
+
+    def measure() -> Record:
+        for _ in range(2):
+            call()
+        spread = Spread.of([call() for _ in range(runs)])
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return dict(spread._asdict()) | {"peak_mib": None if peak is None else peak / 2**20}
+
+    return Program(out, measure, {"device": device_name()})
+
+
+def _launch(function: Callable[[Any], jax.Array], arrays: Any) -> Callable[[], jax.Array]:
+    program = jax.jit(function).lower(arrays).compile()
+    return lambda: program(arrays)
+
+
+def _mlp_launch(function: Callable[[Any], jax.Array], arrays: Any) -> Callable[[], jax.Array]:
+    """Every run continues with the residual stream of the last one, in place where it can."""
+    x, rest = jnp.copy(arrays[0]), arrays[1:]
+    step = jax.jit(lambda x, rest: function((x, *rest)), donate_argnums=0)
+    program = step.lower(x, rest).compile()
+
+    def launch() -> jax.Array:
+        nonlocal x
+        x = program(x, rest)
+        return x
+
+    return launch
+
+
+def _last(out: jax.Array) -> np.ndarray:
+    return np.asarray(out[-1], np.float32)
+
+
+def bind(
+    case: Case,
+    implementation: Implementation,
+    host: dict[str, np.ndarray],
+    *,
+    reference: bool = False,
+) -> tuple[Callable[[Any], jax.Array], Any]:
+    """The function of a tree of arrays, and the arrays."""
+    dtype = jnp.dtype("float32" if reference else case.dtype)
+
+    def put(name: str, *, by_image: bool = False) -> Any:
+        x = host[name]
+        x = x[-1:] if by_image and reference else x
+        return jnp.asarray(x, dtype if x.dtype == np.float32 else None)
+
+    options: dict[str, Any] = {"implementation": implementation}
+    if case.op == "mlp":
+        weights = MLPWeights(*(put(name) for name in MLPWeights._fields))
+        arrays = (put("x", by_image=True), put("index", by_image=True), weights)
+        if case.density == 1:
+            return lambda a: mlp(a[0], a[2], **options), arrays
+        return lambda a: routed_mlp(a[0], a[1], a[2], **options), arrays
+    arrays = (put("qkv", by_image=True), put("rel_pos_h"), put("rel_pos_w"))
+    options["layout"] = case.layout
+    if case.op == "window":
+        options["window_size"] = case.window_size
+        if case.density == 1:
+            return lambda a: window_attention(*a, **options), arrays
+        arrays = (*arrays, put("order", by_image=True))
+        return lambda a: window_attention(*a[:3], order=a[3], **options), arrays
+    if case.density == 1 or case.order == "tiles":
+        sequence = host.get("sequence")  # static, so that its blocks are known to be tiles
+        return lambda a: stripe_attention(a[0], a[1], a[2], sequence, **options), arrays
+    arrays = (*arrays, put("sequence", by_image=True))
+    return lambda a: stripe_attention(*a, **options), arrays

@@ -1,0 +1,78 @@
+"""What a GPU suite runs on: the device, its driver and clocks, and a child's environment."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from benchmarks import records
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMIT = "SPARSESAM_COMMIT"  # for copies of the tree that are no checkout
+_CLOCKS = {
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "max_sm_mhz": "clocks.max.sm",
+    "watts": "power.draw",
+}
+
+
+def commit(given: str | None = None) -> str | None:
+    """The commit: as given, of the environment, or of the checkout."""
+    return given or os.environ.get(COMMIT) or records.commit()
+
+
+def gpu_state() -> dict[str, Any]:
+    """Driver, and clocks and power at this moment; None without an NVIDIA GPU."""
+    query = ",".join(["driver_version", *_CLOCKS.values()])
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    if visible:
+        command.append(f"--id={visible}")
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        driver, *values = [x.strip() for x in found.stdout.splitlines()[0].split(",")]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return {"driver": None, "clocks": None}
+    return {"driver": driver, "clocks": dict(zip(_CLOCKS, map(_number, values), strict=True))}
+
+
+def _number(text: str) -> float | None:
+    """What nvidia-smi prints; None where it does not know."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def jax_environment() -> dict[str, str]:
+    """For a process that runs JAX beside others on the same GPU."""
+    return _environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def reference_environment() -> dict[str, str]:
+    """For float32 references, which are not timed: XLA tries no kernels for them."""
+    if shutil.which("nvidia-smi") is None:
+        return jax_environment()
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0"]
+    flags.append("--xla_gpu_enable_triton_gemm=false")
+    return jax_environment() | {"XLA_FLAGS": " ".join(flags).strip()}
+
+
+def torch_environment() -> dict[str, str]:
+    """For a process that runs PyTorch; JAX is there for names and shapes only."""
+    return _environment() | {
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "8"),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return os.environ | {"PYTHONPATH": path}

@@ -1,0 +1,166 @@
+"""The report's pictures, SVG, the same bytes for the same records and matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from benchmarks import growth, report_data
+from benchmarks.records import Record
+
+_STYLE: Any = {"svg.hashsalt": "sparsesam_jax", "svg.fonttype": "path", "font.size": 9}
+_COLOURS = {name: f"C{index}" for index, name in enumerate(report_data.IMPLEMENTATIONS)}
+_SHOWN = (1.0, 0.3)  # densities of the roofline
+
+
+def draw(found: Sequence[Record], folder: Path, stem: str) -> dict[str, str]:
+    """Draw what there are records for; file names by section.
+
+    Args:
+        found: The newest records.
+        folder: Where the pictures go.
+        stem: What their names begin with.
+    """
+    encoder, scaling = (report_data.measured(found, name) for name in ("encoder", "scaling"))
+    drawings: dict[str, Callable[[], Any]] = {
+        "encoder": lambda: _encoder([r for r in encoder if r["sparse"] != "attention"]),
+        "decomposition": lambda: _decomposition(encoder),
+        "roofline": lambda: _roofline(encoder),
+        "scaling": lambda: _scaling(scaling),
+    }
+    pictures = {}
+    with matplotlib.rc_context(_STYLE):
+        for name, drawing in drawings.items():
+            figure = drawing()
+            if figure is None:
+                continue
+            pictures[name] = f"{stem}_{name}.svg"
+            # A date would make every drawing another file.
+            figure.savefig(folder / pictures[name], metadata={"Date": None})
+            plt.close(figure)
+    return pictures
+
+
+def _encoder(own: Sequence[Record]) -> Any:
+    """Time and memory by density; peers that are dense only are one point."""
+    panels = list(dict.fromkeys((r["model"], r["batch"]) for r in own))
+    if not panels:
+        return None
+    figure, axes = plt.subplots(
+        2, len(panels), figsize=(2.6 * len(panels) + 1, 5.4), squeeze=False, layout="constrained"
+    )
+    for column, panel in enumerate(panels):
+        records = [r for r in own if (r["model"], r["batch"]) == panel]
+        for row, (key, scale) in enumerate((("ms_per_image", 1.0), ("peak_mib", 1 / 1024))):
+            plot = axes[row][column]
+            for name in dict.fromkeys(r["implementation"] for r in records):
+                line = [r for r in records if r["implementation"] == name and r.get(key)]
+                line.sort(key=lambda r: r["density"])
+                x, y = [r["density"] for r in line], [r[key] * scale for r in line]
+                plot.plot(x, y, marker="o", markersize=4, label=name, color=_COLOURS.get(name))
+            plot.set_ylim(bottom=0)
+            plot.grid(alpha=0.3)
+        axes[0][column].set_title(f"{panel[0]}, batch {panel[1]}")
+        axes[1][column].set_xlabel("density")
+    axes[0][0].set_ylabel("ms an image")
+    axes[1][0].set_ylabel("peak GiB")
+    labelled: dict[str, Any] = {}
+    for plot in axes.flat:
+        handles, names = plot.get_legend_handles_labels()
+        labelled |= dict(zip(names, handles, strict=True))
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _decomposition(own: Sequence[Record]) -> Any:
+    """A bar for every step from naive dense to sparse."""
+    found = report_data.decomposition(own)
+    if not found:
+        return None
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(2.6 * len(found) + 1, 3), squeeze=False, layout="constrained"
+    )
+    for plot, (last, steps) in zip(axes[0], found, strict=True):
+        times = [r["ms_per_image"] for _, r in steps]
+        names = [name.replace(" and", "\nand") for name, _ in steps]
+        bars = plot.bar(range(len(steps)), times, color=["C1", "C0", "C2", "C3"])
+        plot.bar_label(bars, fmt="%.2f")
+        plot.set_xticks(range(len(steps)), names, rotation=30, ha="right")
+        plot.set_title(f"{last['model']}, batch {last['batch']}, {last['density']:g}")
+        plot.margins(y=0.15)
+    axes[0][0].set_ylabel("ms an image")
+    return figure
+
+
+def _roofline(own: Sequence[Record]) -> Any:
+    """Time by part as stacked bars, the floors of products and attention beside each."""
+    found = [
+        r
+        for r in own
+        if r.get("parts_ms") and r["sparse"] != "attention" and r["implementation"] == "mosaic_gpu"
+        if r["density"] in _SHOWN
+    ]
+    if not found:
+        return None
+    figure, plot = plt.subplots(figsize=(8, 0.42 * len(found) + 1.6), layout="constrained")
+    names = [*report_data.PARTS, report_data.OTHER]
+    for row, r in enumerate(found):
+        left = 0.0
+        for index, ms in enumerate(report_data.parts(r).values()):
+            ms /= r["batch"]
+            label = names[index] if row == 0 else None
+            plot.barh(row, ms, 0.4, left=left, color=f"C{index}", label=label)
+            left += ms
+        left = 0.0
+        for name, ms in (r.get("floor_ms") or {}).items():
+            ms /= r["batch"]
+            label = "floor" if row == 0 and name == "products" else None
+            style: Any = {"edgecolor": f"C{names.index(name)}", "hatch": "///", "facecolor": "none"}
+            plot.barh(row + 0.4, ms, 0.3, left=left, label=label, **style)
+            left += ms
+    labels = [f"{r['model']} B{r['batch']} r{r['density']:g}" for r in found]
+    plot.set_yticks(range(len(found)), labels)
+    plot.invert_yaxis()
+    plot.set_xlabel("ms an image")
+    plot.legend(loc="best")
+    return figure
+
+
+def _scaling(own: Sequence[Record]) -> Any:
+    """Time and memory along every axis, logarithmic."""
+    series = growth.series(own)
+    axes_used = [axis for axis in growth.AXES if any(key[0] == axis for key in series)]
+    if not axes_used:
+        return None
+    figure, axes = plt.subplots(
+        2, len(axes_used), figsize=(3 * len(axes_used) + 1, 5), squeeze=False, layout="constrained"
+    )
+    for column, axis in enumerate(axes_used):
+        for (name, model, implementation, density), records in series.items():
+            if name != axis:
+                continue
+            x = [r[axis] for r in records]
+            label = f"{model} {implementation}" + (f" {density}" if axis != "density" else "")
+            for row, key in enumerate(("median_ms", "temp_mib")):
+                y = [r[key] for r in records]
+                axes[row][column].plot(x, y, marker="o", markersize=4, label=label)
+        for plot in axes[:, column]:
+            plot.set_xscale("log", base=2)
+            plot.set_yscale("log")
+            ticks = sorted(
+                {r[axis] for key, line in series.items() if key[0] == axis for r in line}
+            )
+            plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            plot.grid(alpha=0.3)
+        axes[1][column].set_xlabel(axis.replace("_", " "))
+        axes[0][column].legend(fontsize=7)
+    axes[0][0].set_ylabel("ms a run")
+    axes[1][0].set_ylabel("temporary MiB")
+    return figure

@@ -1,0 +1,271 @@
+"""The GPU suites on a CPU at tiny shapes: what runs, what is checked, written and said, untimed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_benchmarks import KEYS, start
+from typer.testing import CliRunner
+
+from benchmarks import (
+    encoder,
+    encoder_torch,
+    growth,
+    kernels,
+    machine,
+    pool,
+    records,
+    scaling,
+    shapes,
+)
+from benchmarks.__main__ import app
+from benchmarks.encoder_jax import build as build_ours
+from benchmarks.pool import Job, relative_error
+from benchmarks.process import NotRunError
+from sparsesam_jax import Sparsity
+from sparsesam_jax.config import PRESETS
+
+NEEDED = KEYS - {"threads", "compile_s"} | {"driver", "clocks", "time"}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
+    """Records and output of `python -m benchmarks quick`."""
+    out = tmp_path_factory.mktemp("quick") / "quick.jsonl"
+    process = start("quick", "--out", str(out))
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, text
+    return records.read(out), text
+
+
+def test_quick_measures_every_suite(quick: tuple[list[dict[str, Any]], str]) -> None:
+    found, _ = quick
+    timed = [r for r in found if r["not_run"] is None]
+    assert {r["suite"] for r in timed} == {
+        "ceilings",
+        "kernels",
+        "encoder",
+        "end-to-end",
+        "scaling",
+    }
+    for record in timed:
+        assert record.keys() >= NEEDED, record["suite"]
+        assert record["q1_ms"] <= record["median_ms"] <= record["q3_ms"]
+        assert record["max_error"] <= record.get("max_error_bound", 2e-2)
+    for suite in ("kernels", "encoder"):
+        for record in timed:
+            if record["suite"] == suite:
+                assert record["tflops"] > 0
+                assert record["share_of_ceiling"] > 0
+    assert {r["implementation"] for r in timed if r["suite"] == "encoder"} == {
+        "xla",
+        "eager",
+        "flex",
+        "transformers",
+    }
+    assert {(r["op"], r["peer"]) for r in timed if r["suite"] == "kernels"} == {
+        (op, peer) for op in ("stripe", "window", "mlp") for peer in ("sparsesam_jax", "torch")
+    }
+    end_to_end = [r for r in timed if r["suite"] == "end-to-end"]
+    assert [r["prompts"] for r in end_to_end] == [1, 10]
+    assert set(end_to_end[0]["parts_ms"]) == {"preprocess", "encoder", "decoder", "upscale"}
+
+
+def test_quick_names_what_cannot_run(quick: tuple[list[dict[str, Any]], str]) -> None:
+    found, text = quick
+    missing = {r["implementation"]: r["not_run"] for r in found if r["not_run"]}
+    assert set(missing) == {"mosaic_gpu", "compile"}
+    assert "needs" in missing["mosaic_gpu"]
+    for reason in missing.values():
+        assert f"not run: {reason}" in text
+    assert all(r["median_ms"] is None for r in found if r["not_run"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("encoder", "--model", "vit"), "model must be one of vit_t"),
+        (("encoder", "--density", "0"), "density must lie in (0, 1], got 0.0"),
+        (("kernels", "--op", "conv"), "op must be one of stripe, window, mlp; got 'conv'"),
+        (("scaling", "--axis", "depth"), "axis must be one of batch"),
+        (("end-to-end", "--implementation", "torch"), "implementation must be xla or"),
+    ],
+)
+def test_names_wrong_input(arguments: tuple[str, ...], message: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert result.output.startswith("error: ") and result.output.count("\n") == 1
+    assert message in result.output
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        Sparsity(0.3),
+        Sparsity(0.3, split="equal", ranking="group"),
+        Sparsity(0.5, split="equal", ranking="block"),
+        Sparsity(0.5, split="equal", ranking="spread", layout="contiguous"),
+    ],
+    ids=["default", "group", "block", "spread"],
+)
+def test_torch_peer_is_the_same_function(sparsity: Sparsity) -> None:
+    kept = dataclasses.asdict(sparsity)
+    common: dict[str, Any] = dict(model="quick", batch=1, dtype="float32", sparsity=kept)
+    ours = build_ours(**common, implementation="xla", runs=0, warmups=0, timed=False)
+    flex = encoder_torch.build(**common, implementation="flex", runs=1, warmups=0)
+    assert ours.output is not None and flex.output is not None
+    assert relative_error(flex.output, ours.output) < 1e-5  # float32, sums in another order
+
+
+def test_torch_peer_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(NotRunError, match="sobel"):
+        encoder_torch.build(
+            model="quick",
+            batch=1,
+            implementation="flex",
+            dtype="float32",
+            sparsity=dataclasses.asdict(Sparsity.released(0.3)),
+            runs=1,
+            warmups=0,
+        )
+
+
+def test_torch_peer_compiles_as_one_graph() -> None:
+    config = shapes.model_config("quick")
+    device = torch.device("cpu")
+    model = encoder_torch.load_encoder(config, "flex", Sparsity(0.3), device, torch.float32)
+    pixels = torch.from_numpy(shapes.random_pixels(config, 1)).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(pixels), model(pixels))
+
+
+def _toy(name: str, scale: float, **fields: Any) -> Job:
+    return Job(
+        label=name,
+        module="toy_case",
+        arguments={"scale": scale, **fields},
+        environment=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.getcwd()])},
+        known={"suite": "toy", "implementation": name, "median_ms": None},
+        reference="one",
+        max_error=1e-2,
+    )
+
+
+def test_pool_checks_before_it_times(capsys: pytest.CaptureFixture[str]) -> None:
+    written: list[dict[str, Any]] = []
+    jobs = [
+        dataclasses.replace(_toy("one", 1, timed=False), name="one", reference=None),
+        _toy("right", 1.001),
+        _toy("wrong", 1.1),
+        _toy("raises", 0),
+        _toy("dies", -1),
+        _toy("absent", -2),
+        dataclasses.replace(_toy("unknown", 1), reference="two"),
+    ]
+    outcome = pool.run(jobs, written.append, width=3, limit=100, commit="abc")
+    assert outcome.exit_code == 1
+    by_name = {r["implementation"]: r for r in written}
+    assert by_name["right"]["median_ms"] == 1.001
+    assert by_name["right"]["commit"] == "abc"
+    assert by_name["right"]["max_error"] == pytest.approx(1e-3, rel=1e-3)
+    assert by_name["wrong"]["not_run"] == "wrong: error 1.00e-01, at most 1e-02"
+    assert by_name["wrong"]["median_ms"] is None
+    assert by_name["raises"]["not_run"] == "ZeroDivisionError: scale must not be zero"
+    assert "ended with code 3: last words" in by_name["dies"]["not_run"]
+    assert by_name["absent"]["not_run"] == "no such device"
+    assert by_name["unknown"]["max_error"] is None
+    assert "unknown: 1.000 ms (1.000-1.000), unchecked" in capsys.readouterr().out
+
+
+def test_pool_stops_at_its_limit() -> None:
+    outcome = pool.run([_toy("slow", 1, seconds=60)], lambda r: None, width=1, limit=0.5)
+    assert outcome.exit_code == 1
+    assert outcome.results[0]["not_run"] == "its time was up"
+
+
+def test_interrupted_suite_keeps_what_was_measured(tmp_path: Path) -> None:
+    out = tmp_path / "ceilings.jsonl"
+    process = start("kernels", "--quick", "--op", "mlp", "--out", str(out))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if " copy: " in line:
+            break
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert {r["suite"] for r in records.read(out)} == {"ceilings"}
+
+
+def test_appends(tmp_path: Path) -> None:
+    path = tmp_path / "file.jsonl"
+    for number in (1, 2):
+        with records.writer(path, append=True) as write:
+            write({"a": number})
+    assert records.read(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_every_case_of_the_full_suites_can_be_named() -> None:
+    densities = (1.0, 0.5, 0.4, 0.3, 0.25)
+    models = tuple(PRESETS)
+    options = encoder.Options(models=models, densities=densities, decomposition=(0.3,))
+    jobs = encoder.jobs(options)
+    names = {job.name for job in jobs}
+    assert all(job.reference in names for job in jobs if job.reference)
+    assert len({job.label for job in jobs}) == len(jobs)
+    for suite in (kernels, scaling):
+        jobs = suite.jobs(suite.Options(models=models))
+        names = {job.name for job in jobs}
+        assert all(job.reference in names for job in jobs if job.reference)
+        assert len({job.label for job in jobs}) == len(jobs)
+
+
+def test_growth() -> None:
+    assert growth.exponent([(1, 3), (2, 12), (4, 48)]) == pytest.approx(2)
+    assert growth.exponent([(2, 3)]) is None
+    series = [
+        {
+            "suite": "scaling",
+            "axes": ["batch"],
+            "model": "quick",
+            "implementation": "xla",
+            "density": 1.0,
+            "sparsity": None,
+            "image_size": 256,
+            "batch": batch,
+            "median_ms": 2.0 * batch,
+            "temp_mib": 3.0 * batch**0.5,
+            "not_run": None,
+        }
+        for batch in (4, 1, 2)
+    ]
+    (fit,) = growth.fits(series)
+    assert fit["points"] == "1, 2, 4"
+    assert fit["time"] == pytest.approx(1)
+    assert fit["expected_time"] == pytest.approx(1)
+    assert fit["memory"] == pytest.approx(0.5)
+
+
+def test_relative_error() -> None:
+    want = np.ones((2, 2))
+    assert relative_error(want * 1.5, want) == pytest.approx(0.5)
+    assert relative_error(np.ones(3), want) == float("inf")
+
+
+def test_gpu_state_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "nvidia-smi"
+    command.write_text('#!/bin/sh\necho "580.1, 1980, 3201, [N/A], 312.5"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    clocks = {"sm_mhz": 1980, "memory_mhz": 3201, "max_sm_mhz": None, "watts": 312.5}
+    assert machine.gpu_state() == {"driver": "580.1", "clocks": clocks}
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert machine.gpu_state() == {"driver": None, "clocks": None}
