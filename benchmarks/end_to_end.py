@@ -142,7 +142,7 @@ def build(
     from benchmarks.encoder_jax import device_name, needs_gpu, random_state
     from sparsesam_jax import Sam, SamPredictor
     from sparsesam_jax.sam import ImageEmbedding, scale_points
-    from sparsesam_jax.transforms import MASK_THRESHOLD, mask_resize_matrices, resize_and_pad
+    from sparsesam_jax.transforms import MASK_THRESHOLD, resize_and_pad, resize_mask_logits
 
     needs_gpu(implementation)
     config = shapes.model_config(model)
@@ -180,9 +180,8 @@ def build(
         return np.asarray(decode(state, predictor.get_image_embedding(), points[None]))
 
     def upscale(low_res: np.ndarray) -> None:
-        low = (low_res.shape[-2], low_res.shape[-1])
-        rows, cols = mask_resize_matrices(low, (side, side), resized, size)
-        np.stack([rows @ logits @ cols.T > MASK_THRESHOLD for logits in low_res])
+        frame = ((side, side), resized, size)
+        np.stack([resize_mask_logits(logits, *frame) > MASK_THRESHOLD for logits in low_res])
 
     def measure() -> Record:
         set_ms = [time_ms(set_image) for _ in range(runs)]

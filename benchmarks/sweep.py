@@ -36,9 +36,9 @@ from sparsesam_jax.image_encoder import ImageEncoder
 from sparsesam_jax.sam import ImageEmbedding
 from sparsesam_jax.transforms import (
     MASK_THRESHOLD,
-    mask_resize_matrices,
     normalise,
     resize_and_pad,
+    resize_mask_logits,
     resized_shape,
 )
 
@@ -262,8 +262,7 @@ class _Sweep:
     def _mask(self, photo: Photo, logits: np.ndarray) -> np.ndarray:
         side = self._sam.config.image_encoder.image_size
         resized = resized_shape(*photo.size, side)
-        rows, cols = mask_resize_matrices(logits.shape, (side, side), resized, photo.size)
-        return rows @ logits @ cols.T > MASK_THRESHOLD
+        return resize_mask_logits(logits, (side, side), resized, photo.size) > MASK_THRESHOLD
 
     def _records(self, variant: Variant, outcome: _Outcome) -> list[Record]:
         assert self._dense is not None

@@ -137,11 +137,15 @@ def evaluate_coco(
     limit: Annotated[int | None, typer.Option(help="Only the first N images.")] = None,
     min_score: Annotated[float, typer.Option(help="Detections below are left out.")] = 0.0,
     out: Annotated[Path, typer.Option(help="Folder for masks and summary.")] = Path("coco"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run that OUT holds.")
+    ] = False,
 ) -> None:
     """Segm AP on COCO: a detector's boxes as prompts, one mask a box; dense comes first.
 
-    Writes summary.json, problems.json and every method's masks in COCO's results format. A broken
-    image or one of another size is reported and left out; the exit code is then 1.
+    Writes summary.json, problems.json and every method's masks in COCO's results format, and while
+    it runs also image by image (.jsonl). A broken image or one of another size is reported and left
+    out; the exit code is then 1.
     """
     from rich.console import Console
 
@@ -160,6 +164,7 @@ def evaluate_coco(
         implementation=implementation,
         limit=limit,
         min_score=min_score,
+        resume=resume,
     )
     report = coco.run(options, Console())
     typer.echo(f"wrote {out}")

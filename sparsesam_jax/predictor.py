@@ -17,9 +17,9 @@ from sparsesam_jax.prompt_arrays import ImagePrompt, ImageSizes, pad_together
 from sparsesam_jax.sam import ImageEmbedding, Sam
 from sparsesam_jax.transforms import (
     MASK_THRESHOLD,
-    mask_resize_matrices,
     normalise,
     resize_and_pad,
+    resize_mask_logits,
 )
 
 Masks = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -240,11 +240,9 @@ class SamPredictor:
         for index, (prompt, sizes) in enumerate(zip(prompts, self._sizes, strict=True)):
             count = len(arrays[index].labels)
             logits = low_res[index, :count]
-            rows, cols = mask_resize_matrices(
-                low_res_size, (self.image_size, self.image_size), sizes.resized, sizes.original
-            )
+            frame = ((self.image_size, self.image_size), sizes.resized, sizes.original)
             # Prompt by prompt, so that only one prompt's logits exist at the photo's size.
-            resized = (rows @ prompt_logits @ cols.T for prompt_logits in logits)
+            resized = (resize_mask_logits(x, *frame) for x in logits)
             masks = [x if return_logits else x > MASK_THRESHOLD for x in resized]
             result = (np.stack(masks), iou[index, :count], logits)
             single = not prompt.is_batched

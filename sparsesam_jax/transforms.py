@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 from PIL import Image
 
@@ -87,6 +88,35 @@ def mask_resize_matrices(
         for sizes in zip(low_res, image_size, input_size, original_size, strict=True)
     )
     return rows, cols
+
+
+def resize_mask_logits(
+    logits: Float[np.ndarray, "*batch h w"],
+    image_size: tuple[int, int],
+    input_size: tuple[int, int],
+    original_size: tuple[int, int],
+) -> Float[np.ndarray, "*batch height width"]:
+    """The same as those matrices, on the host and without their zeros: an order faster.
+
+    Args:
+        logits: Low-resolution mask logits.
+        image_size: As for `mask_resize_matrices`.
+        input_size: As for `mask_resize_matrices`.
+        original_size: As for `mask_resize_matrices`.
+    """
+    axes = zip(logits.shape[-2:], image_size, input_size, original_size, strict=True)
+    rows, cols = (_sparse_axis_matrix(*sizes) for sizes in axes)
+    masks = logits.reshape(-1, *logits.shape[-2:])
+    out = np.empty((len(masks), *original_size), np.float32)
+    for mask, resized in zip(masks, out, strict=True):
+        # Columns first: the result of the last product is then laid out as an image is.
+        resized[:] = rows @ np.ascontiguousarray((cols @ np.ascontiguousarray(mask.T)).T)
+    return out.reshape(*logits.shape[:-2], *original_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _sparse_axis_matrix(*sizes: int) -> scipy.sparse.csr_array:
+    return scipy.sparse.csr_array(_axis_matrix(*sizes))
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,6 +11,7 @@ from models import SMALL, random_weights
 
 from sparsesam_jax import Sam, SamPredictor, Sparsity
 from sparsesam_jax import predictor as predictor_module
+from sparsesam_jax import transforms
 from sparsesam_jax.image_encoder import ImageEncoder
 from sparsesam_jax.mask_decoder import MaskDecoder
 
@@ -152,7 +153,6 @@ def test_postprocessing_is_sams(predictor: SamPredictor):
 
 def test_preprocessing_inside_jit_is_the_hosts():
     """The jitted resize is within one level of Pillow's, for shrinking and enlarging."""
-    from sparsesam_jax import transforms
 
     for size in ((90, 120), (700, 500)):
         image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
@@ -239,3 +239,14 @@ def test_bad_batches(sam: Sam):
         predictor.predict_batch(
             box_batch=[BOX, BOX], mask_input_batch=[np.zeros((1, 32, 32), np.float32), None]
         )
+
+
+@pytest.mark.parametrize("original", [(37, 61), (300, 200), (64, 64)])
+def test_masks_are_resized_as_the_matrices_say(original: tuple[int, int]):
+    resized = transforms.resized_shape(*original, 128)
+    frame = ((128, 128), resized, original)
+    logits = np.random.default_rng(0).standard_normal((2, 3, 32, 32), np.float32)
+    rows, cols = transforms.mask_resize_matrices((32, 32), *frame)
+    out = transforms.resize_mask_logits(logits, *frame)
+    assert out.shape == (2, 3, *original) and out.dtype == np.float32
+    np.testing.assert_allclose(out, rows @ logits @ cols.T, atol=1e-5)

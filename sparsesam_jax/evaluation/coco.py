@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import io
 import json
@@ -24,16 +25,16 @@ from rich.table import Table
 
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax import methods
-from sparsesam_jax.evaluation.runner import Candidate
+from sparsesam_jax.evaluation.coco_masks import Detection, ImageMasks, MaskFile
+from sparsesam_jax.evaluation.run_settings import settle
+from sparsesam_jax.evaluation.runner import DENSE, Candidate
 from sparsesam_jax.image_files import read_image
 from sparsesam_jax.predictor import SamPredictor
-from sparsesam_jax.sam import Sam
+from sparsesam_jax.sam import Sam, locate
 from sparsesam_jax.weights import atomic_path
 
 _BOXES = 32  # prompts of a decoder call
 _STATISTICS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}
-
-Detection = dict[str, Any]  # COCO's: image_id, category_id, bbox x y w h, score
 
 
 class CocoSummary(TypedDict):
@@ -72,6 +73,7 @@ class Options:
         implementation: As for `Sam`.
         limit: Only the first so many images of the annotations; the release took 500.
         min_score: Detections below it are left out.
+        resume: Whether to continue what `out` holds.
     """
 
     annotations: Path
@@ -84,6 +86,7 @@ class Options:
     implementation: Implementation = "auto"
     limit: int | None = None
     min_score: float = 0.0
+    resume: bool = False
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -116,10 +119,12 @@ def check_pycocotools() -> None:
 def run(options: Options, console: Console) -> Report:
     """Evaluate, write masks and `summary.json` into `options.out`, print the table.
 
-    The masks of a candidate are `METHOD_DENSITY.json`, COCO results with compressed run lengths.
+    The masks of a candidate are `METHOD_DENSITY.json`, COCO results with compressed run lengths;
+    `METHOD_DENSITY.jsonl` has them image by image as they are found, so that a killed run can be
+    resumed.
 
     Raises:
-        ValueError: A file is not in COCO's format, or no image is usable.
+        ValueError: A file is not in COCO's format, `out` holds another run, or no image is usable.
     """
     check_pycocotools()
     truth = _load_truth(options.annotations)
@@ -133,32 +138,25 @@ def run(options: Options, console: Console) -> Report:
     usable = [item for item in items if _is_usable(options.images, item, problems)]
     if not usable:
         raise ValueError(f"at least one of {len(items)} images must be usable: {problems}")
-    options.out.mkdir(exist_ok=True)
-    dense = Candidate("dense", 1.0)
-    todo = [dense, *(c for c in options.candidates if not c.is_dense)]
+    settle(options.out, _settings(options, items), resume=options.resume)
     found: dict[Candidate, CocoSummary] = {}
-    for candidate in todo:
-        name = f"{candidate.method} {candidate.density:g}"
-        predictor = SamPredictor(candidate.model(sam))
-        results, seconds = [], []
-        for item in track(usable, name, console=console):
-            image = read_image(options.images / item.record["file_name"])
-            start = time.perf_counter()
-            results += segment(predictor, image, item.detections)
-            seconds.append(time.perf_counter() - start)
-        with atomic_path(options.out / f"{candidate.method}_{candidate.density:g}.json") as path:
+    for candidate in [DENSE, *(c for c in options.candidates if not c.is_dense)]:
+        images = _measure(options, candidate, sam, usable, console)
+        results = [result for image in images for result in image.results]
+        with atomic_path(options.out / f"{_file_stem(candidate)}.json") as path:
             path.write_text(json.dumps(results) + "\n", "utf-8")
-        statistics = average_precision(truth, results, [item.record["id"] for item in usable])
-        base = found.get(dense)
+        statistics = average_precision(truth, results, [image.image for image in images])
+        base = found.get(DENSE)
+        seconds = [image.seconds for image in images]
+        warm = [image.seconds for image in images if not image.compiled]
         found[candidate] = CocoSummary(
             method=candidate.method,
             density=candidate.density,
-            images=len(usable),
+            images=len(images),
             detections=len(results),
             **statistics,
             ap_change=0.0 if base is None else statistics["ap"] - base["ap"],
-            # The first image compiles.
-            images_per_second=1 / float(np.mean(seconds[1:] or seconds)),
+            images_per_second=1 / float(np.mean(warm or seconds)),
             gmacs=candidate.gmacs(sam.config.image_encoder),
         )
     summaries = list(found.values())
@@ -167,6 +165,49 @@ def run(options: Options, console: Console) -> Report:
             path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
     console.print(table(summaries))
     return Report(summaries, problems)
+
+
+def _measure(
+    options: Options, candidate: Candidate, sam: Sam, items: Sequence[Item], console: Console
+) -> list[ImageMasks]:
+    """The masks of all images, of which those that are on disk already are not found again."""
+    file = MaskFile(options.out / f"{_file_stem(candidate)}.jsonl", resume=options.resume)
+    todo = [item for item in items if item.record["id"] not in file.images]
+    predictor = SamPredictor(candidate.model(sam))
+    compiled = True  # the first image compiles
+    for item in track(todo, f"{candidate.method} {candidate.density:g}", console=console):
+        image = read_image(options.images / item.record["file_name"])
+        start = time.perf_counter()
+        results = segment(predictor, image, item.detections)
+        seconds = time.perf_counter() - start
+        found = ImageMasks(
+            image=item.record["id"], results=results, seconds=seconds, compiled=compiled
+        )
+        file.append(found)
+        compiled = False
+    return [file.images[item.record["id"]] for item in items]
+
+
+def _file_stem(candidate: Candidate) -> str:
+    return f"{candidate.method}_{candidate.density:g}"
+
+
+def _settings(options: Options, items: Sequence[Item]) -> dict[str, Any]:
+    """What the masks in one folder must share."""
+    return {
+        "weights": options.weights,
+        "weights_bytes": locate(options.weights).stat().st_size,
+        "dtype": options.dtype,
+        "implementation": options.implementation,
+        "min_score": options.min_score,
+        "sparsities": {
+            candidate.method: dataclasses.asdict(candidate.sparsity)
+            for candidate in options.candidates
+            if candidate.sparsity is not None
+        },
+        "detections": hashlib.sha256(options.detections.read_bytes()).hexdigest(),
+        "images": [item.record["id"] for item in items],
+    }
 
 
 def segment(

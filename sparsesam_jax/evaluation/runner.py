@@ -25,6 +25,7 @@ from sparsesam_jax.evaluation.predict import Predictions, predict
 from sparsesam_jax.evaluation.prompts import PromptKind, check_kind
 from sparsesam_jax.evaluation.protocols import Protocol, make_protocol
 from sparsesam_jax.evaluation.rows import Row, RowFile
+from sparsesam_jax.evaluation.run_settings import settle
 from sparsesam_jax.evaluation.summary import Summary
 from sparsesam_jax.sam import Sam, locate
 from sparsesam_jax.weights import atomic_path
@@ -255,7 +256,7 @@ def run(options: Options, pairs: Sequence[Pair], console: Console) -> Report:
     out = options.out
     if not out.absolute().parent.is_dir() or (out.exists() and not out.is_dir()):
         raise ValueError(f"out must be a folder, or a new one in a folder, got {str(out)!r}")
-    _settle(options, pairs)
+    settle(out, _settings(options, pairs), resume=options.resume)
     file = RowFile(out / "rows.csv", resume=options.resume)
     total = len(evaluation.models) * len(pairs)
     with _progress(console, total) as advance:
@@ -270,9 +271,9 @@ def run(options: Options, pairs: Sequence[Pair], console: Console) -> Report:
     return report
 
 
-def _settle(options: Options, pairs: Sequence[Pair]) -> None:
-    """Write down what rows of one file must share, or compare with what is written."""
-    settings: dict[str, Any] = {
+def _settings(options: Options, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """What rows of one file must share."""
+    return {
         "weights": options.weights,
         "weights_bytes": locate(options.weights).stat().st_size,
         "prompts": options.prompts,
@@ -287,24 +288,6 @@ def _settle(options: Options, pairs: Sequence[Pair]) -> None:
         },
         "images": [pair.name for pair in pairs],
     }
-    path = options.out / "run.json"
-    settings = json.loads(json.dumps(settings))
-    if options.resume and path.exists():
-        earlier = json.loads(path.read_text("utf-8"))
-        for name, value in settings.items():
-            if earlier.get(name) != value:
-                raise ValueError(
-                    f"resume needs the {name} of the run in {options.out}, "
-                    f"got {_short(value)} instead of {_short(earlier.get(name))}"
-                )
-    options.out.mkdir(exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 80 else f"{text[:77]}..."
 
 
 def _read(pair: Pair) -> Photo | str:

@@ -19,37 +19,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparsesam_jax.config import ImageEncoderConfig
-from sparsesam_jax.image_encoder import Block
+from sparsesam_jax.methods.selection import BLOCK_KV, BlockSelection, block_means, selected_blocks
 from sparsesam_jax.methods.sequences import (
     Grid,
-    SequenceMethod,
     Sequences,
     State,
-    dense_mlp,
     in_chunks,
     position_bias,
     product,
-    sequence_work,
 )
-from sparsesam_jax.methods.sparge import block_means, kept_blocks, kept_keys, selected_blocks
-from sparsesam_jax.work import EncoderWork
 
-BLOCK = 64
+BLOCK_Q = 64
 _EPSILON = 1e-5  # as in the paper's routing
 
 
 @dataclasses.dataclass(frozen=True)
-class PiecewiseAttention(SequenceMethod):
+class PiecewiseAttention(BlockSelection):
     """PISA; `density` is the share of key blocks that are computed exactly."""
 
     def attend(self, sequences: Sequences, is_global: bool, state: State) -> Array:
         """Attention to the chosen blocks' keys and the other blocks' means."""
         q, k, v = sequences.q, sequences.k, sequences.v
         length, scale = k.shape[2], q.shape[-1] ** -0.5
-        means = block_means(k, BLOCK)
+        means = block_means(k, BLOCK_KV)
         blocks = means.shape[2]
-        block_of = np.arange(length) // BLOCK
+        block_of = np.arange(length) // BLOCK_KV
         counts = np.bincount(block_of).astype(np.float32)
         members = (np.arange(blocks)[:, None] == block_of).astype(np.float32)  # [K, N]
         first_order = product(
@@ -57,9 +51,8 @@ class PiecewiseAttention(SequenceMethod):
         )
         spread = first_order - first_order.mean(2, keepdims=True)
         weight = jnp.log(jnp.sqrt((spread**2).sum((-2, -1))) + _EPSILON)
-        scores = product("shid,shjd->shij", block_means(q, BLOCK), means) * scale
-        count = kept_blocks(length, BLOCK, self.density)
-        chosen = selected_blocks(scores + weight[:, :, None], count)
+        scores = product("shid,shjd->shij", block_means(q, BLOCK_Q), means) * scale
+        chosen = selected_blocks(scores + weight[:, :, None], self.kept_blocks(length))
         slope = first_order.sum(2) * scale / length
         sums = product("jn,shnd->shjd", jnp.asarray(members), v)
         rows, cols = (
@@ -83,27 +76,16 @@ class PiecewiseAttention(SequenceMethod):
             out = out + tail * product("shqd,shde->shqe", q.astype(jnp.float32), slope)
             return out / (exact.sum(-1, keepdims=True) + tail)
 
-        of_query = jnp.repeat(chosen, BLOCK, axis=2)[:, :, : q.shape[2]]
+        of_query = jnp.repeat(chosen, BLOCK_Q, axis=2)[:, :, : q.shape[2]]
         out = in_chunks(attend, q, sequences.rel_h, sequences.rel_w, of_query)
         return out.astype(q.dtype)
 
-    def mlp(self, block: Block, x: Array, config: ImageEncoderConfig, state: State) -> Array:
-        """All tokens."""
-        return dense_mlp(block, x)
-
-    def work(self, config: ImageEncoderConfig) -> EncoderWork:
-        """Attention on the chosen blocks; means, slopes and the choice are extra."""
-
-        def pairs(length: int) -> int:
-            return length * kept_keys(length, BLOCK, self.density)
-
-        def extra(length: int, grid: Grid) -> int:
-            blocks = math.ceil(length / BLOCK)
-            others = blocks - kept_blocks(length, BLOCK, self.density)
-            if others == 0:
-                return 0
-            means = length * others * (2 * config.head_dim + sum(grid))
-            slopes = 2 * length * config.head_dim**2  # H_j, and its product with the queries
-            return means + slopes + blocks**2 * config.head_dim
-
-        return sequence_work(config, pairs, extra)
+    def selection_work(self, length: int, grid: Grid, head_dim: int) -> int:
+        """Means, slopes and the choice."""
+        queries, keys = math.ceil(length / BLOCK_Q), math.ceil(length / BLOCK_KV)
+        others = keys - self.kept_blocks(length)
+        if others == 0:
+            return 0
+        means = length * others * (2 * head_dim + sum(grid))
+        slopes = 2 * length * head_dim**2  # H_j, and its product with the queries
+        return means + slopes + queries * keys * head_dim
