@@ -21,7 +21,7 @@ from benchmarks.records import Record, Write
 
 OURS = ("mosaic_gpu", "xla")
 TORCH = {
-    "stripe": ("eager", "sdpa", "compile", "flex"),
+    "stripe": ("eager", "sdpa", "compile", "flex", "segment-anything-fast"),
     "window": ("eager", "sdpa", "compile"),
     "mlp": ("eager", "compile"),
 }

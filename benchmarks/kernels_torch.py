@@ -1,8 +1,8 @@
 """The functions of the kernels suite in PyTorch, from the same packed inputs.
 
 Attention by all logits (`eager`), by SDPA with the bias in memory (`sdpa`, and `compile`d), or by
-FlexAttention with the block mask and the bias in its score_mod (`flex`); the MLP op by op (`eager`)
-or `compile`d.
+FlexAttention with the block mask and the bias in its score_mod (`flex`), or by the kernel of
+segment-anything-fast where that package is installed; the MLP op by op (`eager`) or `compile`d.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from benchmarks.timing import Spread, time_ms
 from benchmarks.torch_sam import (
     EPSILON,
     eager_attention,
+    fast_attention,
     flex_attention,
     sdpa_attention,
     sdpa_bar_attention,
@@ -122,6 +123,8 @@ def _stripe(arrays: Arrays, mask: Any, implementation: str) -> Tensor:
             q, k, v, rel_h, rel_w = (permute(x, places) for x in (q, k, v, rel_h, rel_w))
         out = flex_attention(q, k, v, rel_h, rel_w, places // width, places % width, mask)
         out = out if mask is None else permute(out, places.argsort(-1))
+    elif implementation == "segment-anything-fast":
+        out = fast_attention(q, k, v, rel_h, rel_w)
     elif implementation == "eager":
         out = eager_attention(q, k, v, rel_h, rel_w)
     else:

@@ -89,6 +89,13 @@ def flex_attention(
     return flex.flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, **options)
 
 
+def fast_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    """segment-anything-fast's Triton kernel, where that package is installed."""
+    from segment_anything_fast import flash_4  # pyright: ignore[reportMissingImports]
+
+    return flash_4._attention_rel_h_rel_w(q, k, v, rel_h[..., None], rel_w[..., None, :])
+
+
 class LayerNorm2d(nn.Module):
     """LayerNorm over the channels of a map, [B, C, H, W]."""
 

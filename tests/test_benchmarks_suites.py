@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from benchmarks import (
     encoder_torch,
     growth,
     kernels,
+    kernels_torch,
     machine,
     pool,
     records,
@@ -27,6 +30,7 @@ from benchmarks import (
 )
 from benchmarks.__main__ import app
 from benchmarks.encoder_jax import build as build_ours
+from benchmarks.kernel_cases import Case
 from benchmarks.pool import Job, relative_error
 from benchmarks.process import NotRunError
 from sparsesam_jax import Sparsity
@@ -158,6 +162,23 @@ def _toy(name: str, scale: float, **fields: Any) -> Job:
         reference="one",
         max_error=1e-2,
     )
+
+
+def test_segment_anything_fast_gets_the_bias_of_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(q: Any, k: Any, v: Any, rel_h: Any, rel_w: Any) -> Any:
+        bias = (rel_h + rel_w).flatten(-2)  # as that package documents it
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    case = Case(op="stripe", model=shapes.QUICK_MODEL, batch=1, density=1.0, dtype="float32")
+    arguments: dict[str, Any] = dict(case=dataclasses.asdict(case), runs=1, loops=1)
+    with pytest.raises(ImportError, match="segment_anything_fast"):
+        kernels_torch.build(**arguments, implementation="segment-anything-fast")
+    package = types.SimpleNamespace(flash_4=types.SimpleNamespace(_attention_rel_h_rel_w=attention))
+    monkeypatch.setitem(sys.modules, "segment_anything_fast", package)
+    ours = kernels_torch.build(**arguments, implementation="segment-anything-fast").output
+    want = kernels_torch.build(**arguments, implementation="eager").output
+    assert ours is not None and want is not None
+    np.testing.assert_allclose(ours, want, atol=1e-5)
 
 
 def test_pool_checks_before_it_times(capsys: pytest.CaptureFixture[str]) -> None:
