@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import ceilings as ceilings_suite
-from benchmarks import encoder as encoder_suite
-from benchmarks import end_to_end as end_to_end_suite
-from benchmarks import growth, records, tables
-from benchmarks import kernels as kernels_suite
-from benchmarks import scaling as scaling_suite
+from benchmarks import records, tables
 from benchmarks.pool import Children, Outcome
 from benchmarks.records import Record
 
@@ -44,13 +40,11 @@ _KEYS = {
     "end-to-end": ("model", "density", "implementation", "prompts"),
     "scaling": ("model", "batch", "image_size", "density", "implementation"),
 }
-_SUITES: dict[str, Any] = {
-    "ceilings": ceilings_suite,
-    "kernels": kernels_suite,
-    "encoder": encoder_suite,
-    "end-to-end": end_to_end_suite,
-    "scaling": scaling_suite,
-}
+
+
+def _suite(name: str) -> Any:
+    """The suite's module; imported when it is asked for, because JAX takes seconds."""
+    return importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
 
 
 def finish(run: Callable[[], int]) -> None:
@@ -83,7 +77,7 @@ def _measure(
     name: str, *, out: Path | None, append: bool, quick: bool, parts: int = 0, **given: Any
 ) -> None:
     """A suite with the options that are given, else its own; its tables last."""
-    suite = _SUITES[name]
+    suite = _suite(name)
     given = {field: value for field, value in given.items() if value not in (None, [], {})}
 
     def run() -> int:
@@ -104,6 +98,8 @@ def _show(name: str, outcome: Outcome) -> None:
     if name == "end-to-end":
         tables.show_parts(own, _KEYS[name])
     if name == "scaling":
+        from benchmarks import growth
+
         tables.show_fits(growth.fits(own))
 
 
@@ -288,8 +284,9 @@ def quick(out: Out = None) -> None:
     def run() -> int:
         codes = []
         with records.writer(out) as write, _processes(True) as children:
-            for name, suite in _SUITES.items():
+            for name in _KEYS:
                 print(f"== {name}", flush=True)
+                suite = _suite(name)
                 outcome = suite.measure(suite.QUICK, write, children)
                 codes.append(outcome.exit_code)
                 if outcome.interrupted:

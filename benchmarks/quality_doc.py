@@ -46,6 +46,10 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "dispersion instead of Sobel": {"importance": "dispersion"},
     "dispersion, every head by itself": {"importance": "dispersion", "per_head": True},
     "whole key blocks are ranked": {"ranking": "block"},
+    "Hilbert curve": {"curve": "hilbert"},
+    "raster order": {"curve": "raster"},
+    "groups kept together": {"layout": "contiguous"},
+    "MLP routed from block 6 on": {"mlp_start": 6},
     "attention is not ranked": {"ranking": "none"},
     "attention is not ranked, its bar spread over the image": {"ranking": "spread"},
 }
@@ -161,9 +165,14 @@ def _ingredients(measured: Sequence[Measured]) -> str:
         for name, fields in INGREDIENTS.items():
             found = _measured(measured, Sparsity(density, **fields))
             if found is not None:
-                lines.append([name, f"{density:g}", *_cells(found.row)])
-    text = "The default with one thing changed, always at the work of the released preset."
-    return _section("Ingredients", text, ["changed", "density", *_COLUMNS], lines)
+                images = str(found.summary["images"])
+                lines.append([name, f"{density:g}", images, *_cells(found.row)])
+    text = (
+        "The default with one thing changed, at the work of the released preset with the same "
+        "start of routing. What was measured on fewer photos belongs beside the default on those, "
+        "see Devices."
+    )
+    return _section("Ingredients", text, ["changed", "density", "photos", *_COLUMNS], lines)
 
 
 def _methods(measured: Sequence[Measured]) -> str:

@@ -34,6 +34,7 @@ def random_weights(path: Path, config: SamConfig = SMALL, seed: int = 0) -> Path
             scale = np.prod(spec.shape[:-1]) ** -0.5
         elif name.endswith("gaussian_matrix"):
             scale = 1.0
-        arrays[name] = (centre + scale * rng.standard_normal(spec.shape)).astype(np.float32)
+        draw = rng.standard_normal(spec.shape, np.float32)
+        arrays[name] = np.float32(centre) + np.float32(scale) * draw
     weights.write(path, config, arrays)
     return path

@@ -76,9 +76,10 @@ def test_numbers_are_the_predictors(photos: Path, weights: str, capsys) -> None:
         for index, (height, width) in enumerate(SIZES):
             image = np.asarray(Image.open(photos / "images" / f"{index}.png"))
             truth = np.asarray(Image.open(photos / "masks" / f"{index}.png")) > 128
-            predictor.set_image(image)
+            # Twice the same, because the program of a batch of two is compiled.
+            predictor.set_image_batch([image] * 2)
             box = np.array([15 + index, 10, min(45, width), min(40, height)])
-            masks, _, _ = predictor.predict(box=box, multimask_output=False)
+            (masks, _), _, _ = predictor.predict_batch(box_batch=[box] * 2, multimask_output=False)
             features.append(np.asarray(predictor.get_image_embedding()[0]))
             scores.setdefault("iou", []).append(iou(masks[0], truth))
             scores.setdefault("boundary", []).append(boundary_iou(masks[0], truth))
@@ -112,7 +113,7 @@ def test_numbers_are_the_predictors(photos: Path, weights: str, capsys) -> None:
 
 
 def test_a_killed_run_ends_with_the_same_numbers(photos, weights, monkeypatch, capsys) -> None:
-    arguments = ("--density", "0.5", "0.3", "--method", "sparsesam", "released")
+    arguments = ("--density", "0.3", "--method", "sparsesam", "released")
     assert evaluate(photos, weights, *arguments) == 0
     whole = without_speed(summaries(photos))
     (photos / "out").rename(photos / "whole")
@@ -124,7 +125,7 @@ def test_a_killed_run_ends_with_the_same_numbers(photos, weights, monkeypatch, c
 
     def killed(*args, **kwargs):
         calls.append(args)
-        if len(calls) > 7:
+        if len(calls) > 4:
             raise KilledError
         return predict(*args, **kwargs)
 
@@ -132,18 +133,20 @@ def test_a_killed_run_ends_with_the_same_numbers(photos, weights, monkeypatch, c
     with pytest.raises(KilledError):
         evaluate(photos, weights, *arguments)
     rows = photos / "out" / "rows.csv"
-    assert rows.read_text().count("\n") == 1 + 2 * 5  # the first batch of dense and four others
+    assert rows.read_text().count("\n") == 1 + 2 * 3  # the first batch of dense and two others
     with open(rows, "a") as file:
         file.write("sparsesam,0.3,box,sam,4,0.5")  # a line cut in the middle
     calls.clear()
     monkeypatch.setattr(runner, "predict", lambda *a, **k: calls.append(a) or predict(*a, **k))
     assert evaluate(photos, weights, *arguments, "--resume") == 0
-    # Two batches were left for five models, and two methods' pictures show 5 photos, 3 batches.
-    assert len(calls) == 2 * 5 + 2 * 2 * 3
+    # Two batches were left for three models, and two methods' pictures show 5 photos, 3 batches.
+    assert len(calls) == 2 * 3 + 2 * 2 * 3
     assert without_speed(summaries(photos)) == whole
-    # All is there now, also for a further density.
-    assert evaluate(photos, weights, *arguments, "--density", "0.7", "--resume") == 0
-    assert without_speed(summaries(photos))[:2] == whole[:2]
+    # All is there now, also for a further method.
+    calls.clear()
+    assert evaluate(photos, weights, *arguments, "random", "--resume") == 0
+    assert len(calls) == 2 * 3 + 3 * 2 * 3  # with dense, which it is compared with
+    assert without_speed(summaries(photos))[:2] == whole
     capsys.readouterr()
     assert evaluate(photos, weights, *arguments, "--resume", "--prompts", "point") == 2
     assert "resume needs the prompts of the run" in capsys.readouterr().err
@@ -170,8 +173,7 @@ def test_broken_images_are_reported_and_counted(photos: Path, weights: str, caps
     assert "at least one image must be usable" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("protocol", ["hq44k", "release"])
-@pytest.mark.parametrize("prompts", ["points3", "box+point"])
+@pytest.mark.parametrize(("protocol", "prompts"), [("hq44k", "points3"), ("release", "box+point")])
 def test_protocols_and_prompts(photos: Path, weights: str, protocol: str, prompts: str) -> None:
     arguments = ("--protocol", protocol, "--prompts", prompts, "--density", "0.5", "--limit", "2")
     assert evaluate(photos, weights, *arguments) == 0

@@ -82,6 +82,49 @@ def test_masks_are_the_predictors_and_ap_is_cocos(tmp_path: Path, weights: str, 
     assert "COCO segm AP, 2 images, 3 boxes" in capsys.readouterr().out
 
 
+def without_speed(out: Path) -> list[dict]:
+    summaries = json.loads((out / "summary.json").read_text())
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in summaries]
+
+
+def test_a_killed_run_ends_with_the_same_masks(tmp_path, weights, monkeypatch, capsys) -> None:
+    arguments = [*draw(tmp_path), "--weights", weights, "--density", "0.3"]
+    assert main(arguments) == 0
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    out.rename(whole)
+
+    class KilledError(BaseException):
+        pass
+
+    segment, calls = coco.segment, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) > 3:
+            raise KilledError
+        return segment(*args)
+
+    monkeypatch.setattr(coco, "segment", killed)
+    with pytest.raises(KilledError):
+        main(arguments)
+    masks = out / "sparsesam_0.3.jsonl"
+    assert masks.read_text().count("\n") == 1
+    with open(masks, "a") as file:
+        file.write('{"image": 8, "resu')  # a line cut in the middle
+    calls.clear()
+    assert main([*arguments, "--resume"]) == 0
+    assert len(calls) == 1
+    assert without_speed(out) == without_speed(whole)
+    for name in ("dense_1.json", "sparsesam_0.3.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    capsys.readouterr()
+    assert main([*arguments, "--resume", "--min-score", "0.75"]) == 2
+    assert "resume needs the min_score of the run" in capsys.readouterr().err
+    masks.write_text("{}\n")
+    assert main([*arguments, "--resume"]) == 2
+    assert "sparsesam_0.3.jsonl, line 1: no image of a run" in capsys.readouterr().err
+
+
 def test_ap_of_perfect_and_of_empty_masks(tmp_path: Path) -> None:
     draw(tmp_path)
     truth = COCO(tmp_path / "truth.json")

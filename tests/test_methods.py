@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from sparsesam_jax.methods.kmeans import KMeans
 from sparsesam_jax.methods.merging import Merged, TokenMerging
 from sparsesam_jax.methods.pisa import PiecewiseAttention
 from sparsesam_jax.methods.pitome import PiToMe
-from sparsesam_jax.methods.sparge import SpargeAttention, kept_blocks
+from sparsesam_jax.methods.sparge import SpargeAttention
 from sparsesam_jax.methods.structsam import StructSam
 from sparsesam_jax.methods.tome import ToMe
 from sparsesam_jax.work import encoder_work
@@ -93,7 +94,7 @@ def test_low_densities_are_cheaper_approximations(sam: Sam, dense: np.ndarray, n
 
 
 def test_random_is_sparsesam_without_a_ranking(sam: Sam) -> None:
-    expected = sam.with_sparsity(Sparsity(0.5, importance="random", ranking="none"))
+    expected = sam.with_sparsity(Sparsity(0.5, split="equal", importance="random", ranking="none"))
     assert methods.apply(sam, "random", 0.5).image_encoder.sparsity == (
         expected.image_encoder.sparsity
     )
@@ -104,16 +105,27 @@ def tokens(rows: int, columns: int, batch: tuple[int, ...] = (2, 3)) -> np.ndarr
     return rng.normal(size=(*batch, rows * columns, 6)).astype(np.float32)
 
 
+def match(method: TokenMerging, x: np.ndarray, grid: tuple[int, int]) -> Merged:
+    return jax.jit(lambda x: method.match(x, grid))(x)
+
+
 @pytest.mark.parametrize("name", MERGING)
 @pytest.mark.parametrize("density", [0.3, 1.0])
 def test_merged_tokens_are_means(name: str, density: float) -> None:
     method, grid = MERGING[name](density), (5, 5)
     x = tokens(*grid)
-    merged = method.match(jnp.asarray(x), grid)
+
+    @jax.jit
+    def run(x):
+        merged = method.match(x, grid)
+        means = merged.merge(x)
+        return merged, means, merged.unmerge(means)
+
+    merged, means, restored = run(x)
     count = method.count(x.shape[-2], grid)
     assert merged.destination.shape == (2, 3, count)
     assert count >= round(density * x.shape[-2])
-    slot, means = np.asarray(merged.slot), np.asarray(merged.merge(jnp.asarray(x)))
+    slot, means = np.asarray(merged.slot), np.asarray(means)
     for image, head in np.ndindex(2, 3):
         for place in range(count):
             members = slot[image, head] == place
@@ -122,7 +134,6 @@ def test_merged_tokens_are_means(name: str, density: float) -> None:
                 np.testing.assert_allclose(means[image, head, place], expected, atol=1e-5)
                 if name != "kmeans":  # whose clusters move
                     assert members[merged.destination[image, head, place]]
-    restored = np.asarray(merged.unmerge(jnp.asarray(means)))
     expected = np.take_along_axis(means, slot[..., None], axis=-2)
     np.testing.assert_array_equal(restored, expected)
 
@@ -152,7 +163,7 @@ def bipartite(x: np.ndarray, sources: Any, targets: Any, removed: int) -> set[fr
 
 def test_tome_matches_alternating_tokens() -> None:
     x = tokens(4, 6, ())
-    merged = ToMe(0.7).match(jnp.asarray(x), (4, 6))
+    merged = match(ToMe(0.7), x, (4, 6))
     assert groups(merged) == bipartite(x, range(0, 24, 2), range(1, 24, 2), 7)
     assert ToMe(0.3).count(24, (4, 6)) == 12
     assert ToMe(0.3).count(25, (5, 5)) == 13
@@ -163,7 +174,7 @@ def test_pitome_protects_tokens_that_are_alone() -> None:
     similarity = cosines(x) - 0.5
     energy = np.where(similarity > 0, similarity, np.expm1(similarity)).mean(1)
     ranked = np.argsort(-energy, kind="stable")[:14].tolist()
-    merged = PiToMe(0.7).match(jnp.asarray(x), (4, 6))
+    merged = match(PiToMe(0.7), x, (4, 6))
     assert groups(merged) == bipartite(x, ranked[::2], ranked[1::2], 7)
 
 
@@ -182,7 +193,7 @@ def test_structsam_merges_into_the_flattest_of_a_cell() -> None:
         cell = [(2 * i + a) * 6 + 2 * j + b for a in range(2) for b in range(2)]
         targets.append(min(cell, key=lambda token: energy.flat[token]))
     sources = [token for token in range(24) if token not in targets]
-    merged = StructSam(0.7).match(jnp.asarray(x), (4, 6))
+    merged = match(StructSam(0.7), x, (4, 6))
     assert groups(merged) == bipartite(x, sources, targets, 7)
     assert StructSam(0.1).count(24, (4, 6)) == 6
     assert StructSam(0.1).count(25, (5, 5)) == 9
@@ -192,7 +203,7 @@ def test_kmeans_finds_clusters() -> None:
     centres = 20 * np.eye(6)
     labels = np.repeat(np.arange(6), 4)  # so that an even spacing starts once in each
     x = (centres[labels] + np.random.default_rng(2).normal(size=(24, 6))).astype(np.float32)
-    merged = KMeans(0.25).match(jnp.asarray(x), (4, 6))
+    merged = match(KMeans(0.25), x, (4, 6))
     assert groups(merged) == {frozenset(np.flatnonzero(labels == i).tolist()) for i in range(6)}
 
 
@@ -204,6 +215,23 @@ def operands(rows: int, columns: int) -> sequences.Sequences:
         jnp.asarray(rng.normal(size=(*shape, side)), jnp.float32) for side in (rows, columns)
     )
     return sequences.Sequences(q, k, v, rel_h, rel_w, jnp.ones((2, 1, 8)), (rows, columns))
+
+
+def jitted(function: Callable[..., Any], *operands: sequences.Sequences) -> Any:
+    """A function of sequences, jitted: op by op takes many times as long."""
+    fields = [field.name for field in dataclasses.fields(sequences.Sequences)]
+    arrays = [{name: getattr(x, name) for name in fields if name != "grid"} for x in operands]
+    grids = [x.grid for x in operands]
+
+    def run(*arrays: dict[str, jax.Array]) -> Any:
+        given = zip(arrays, grids, strict=True)
+        return function(*(sequences.Sequences(**x, grid=grid) for x, grid in given))
+
+    return jax.jit(run)(*arrays)
+
+
+def attend(method: sequences.SequenceMethod, x: sequences.Sequences) -> np.ndarray:
+    return np.asarray(jitted(lambda x: method.attend(x, False, {}), x))
 
 
 def logits(x: sequences.Sequences) -> np.ndarray:
@@ -218,7 +246,7 @@ def attention(scores: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def test_sparge_sees_the_most_similar_blocks() -> None:
     x = operands(14, 14)  # blocks of 64, 64, 64 and 4 keys, of 128 and 68 queries
-    count = kept_blocks(196, 64, 0.5)
+    count = SpargeAttention(0.5).kept_blocks(196)
     assert count == 2
     scores = logits(x)
     q, k = np.asarray(x.q), np.asarray(x.k)
@@ -231,7 +259,7 @@ def test_sparge_sees_the_most_similar_blocks() -> None:
         scores[:, :, queries] = np.where(
             seen[:, :, None, np.arange(196) // 64], scores[:, :, queries], -np.inf
         )
-    found = SpargeAttention(0.5).attend(x, False, {})
+    found = attend(SpargeAttention(0.5), x)
     np.testing.assert_allclose(found, attention(scores, np.asarray(x.v)), atol=1e-5)
 
 
@@ -244,7 +272,7 @@ def test_pisa_is_exact_where_blocks_are_uniform() -> None:
     uniform = sequences.Sequences(x.q, jnp.asarray(k), x.v, zero, zero, x.key_bias, x.grid)
     expected = attention(logits(uniform), np.asarray(x.v))
     for density in (0.3, 0.6):
-        found = PiecewiseAttention(density).attend(uniform, False, {})
+        found = attend(PiecewiseAttention(density), uniform)
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -256,7 +284,7 @@ def test_pisa_adds_means_and_slopes_of_the_other_blocks() -> None:
     slopes = [(k[b] - k[b].mean(0)).T @ v[b] for b in blocks]
     spread = [np.linalg.norm(h - (slopes[0] + slopes[1]) / 2) for h in slopes]
     scores = logits(x)[0, 0].astype(np.float64)
-    found = np.asarray(PiecewiseAttention(0.5).attend(x, False, {}))[0, 0]
+    found = attend(PiecewiseAttention(0.5), x)[0, 0]
     for queries in blocks:
         pooled = [q[queries].mean(0) @ k[b].mean(0) * scale for b in blocks]
         best = int(np.argmax(pooled + np.log(np.array(spread) + 1e-5)))
@@ -279,20 +307,24 @@ def test_merged_keys_count_as_often_as_they_have_tokens() -> None:
     pairs = sequences.Sequences(
         x.q, jnp.asarray(k), jnp.asarray(v), zero_h, zero_w, x.key_bias * 0, x.grid
     )
-    state: sequences.State = {}
-    found = ToMe(0.5).attend(pairs, True, state)
+    method = ToMe(0.5)
+
+    def run(pairs: sequences.Sequences, x: sequences.Sequences) -> tuple[jax.Array, ...]:
+        state: sequences.State = {}
+        found = method.attend(pairs, True, state)
+        assert list(state) == ["merged True"]
+        return found, method.attend(x, True, state), method.attend(x, True, {})
+
+    found, again, alone = jitted(run, pairs, x)
     np.testing.assert_allclose(found, attention(logits(pairs), v), atol=1e-5)
-    assert list(state) == ["merged True"]
     # A later block of the kind follows the first one.
-    again = ToMe(0.5).attend(x, True, state)
-    alone = ToMe(0.5).attend(x, True, {})
     assert np.abs(again - alone).max() > 1e-3
 
 
 def test_attention_in_chunks_is_attention() -> None:
     x = operands(20, 15)  # more than a chunk's 256 queries
     expected = attention(logits(x), np.asarray(x.v))
-    np.testing.assert_allclose(sequences.dense_attention(x), expected, atol=1e-5)
+    np.testing.assert_allclose(jitted(sequences.dense_attention, x), expected, atol=1e-5)
 
 
 def test_work_is_what_shapes_say() -> None:

@@ -90,7 +90,7 @@ def test_spread_sequence_is_a_prefix_of_blocks_over_the_whole_image(bar: int):
     rows = sequence[: bar * 64] // 64
     # Every quarter of the rows has its share, to one block of 64 tokens a stripe.
     shares = np.histogram(rows, bins=4, range=(0, 64))[0]
-    assert shares.max(initial=0) - shares.min(initial=0) <= 128
+    assert np.ptp(shares) <= 128
 
 
 def test_spread_sequence_keeps_a_partial_last_block():

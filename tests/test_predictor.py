@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from models import SMALL, random_weights
 
-from sparsesam_jax import Sam, SamPredictor, Sparsity
+from sparsesam_jax import Sam, SamPredictor, Sparsity, transforms
 from sparsesam_jax import predictor as predictor_module
-from sparsesam_jax import transforms
 from sparsesam_jax.image_encoder import ImageEncoder
 from sparsesam_jax.mask_decoder import MaskDecoder
 

@@ -1,6 +1,7 @@
 """How a density's work is split between attention and MLP."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_what_the_mlp_cannot_use_goes_back_to_global_attention():
 def test_more_density_is_never_less_of_anything():
     for config in (preset.image_encoder for preset in PRESETS.values()):
         found = [block_densities(config, Sparsity(r / 20)) for r in range(2, 21)]
-        for lower, higher in zip(found, found[1:], strict=False):
+        for lower, higher in itertools.pairwise(found):
             for one, other in zip(lower, higher, strict=True):
                 assert one[0] <= other[0] + 1e-9 and one[1] <= other[1] + 1e-9
 
