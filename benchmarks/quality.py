@@ -23,7 +23,7 @@ from benchmarks import records
 from benchmarks.records import Record, Write
 from benchmarks.variants import DENSE, Variant
 from pallas_kernels.implementation import Implementation
-from sparsesam_jax import Sam
+from sparsesam_jax import Sam, SamPredictor
 from sparsesam_jax.evaluation.datasets import Photo, folder_pairs, limited, read_photo
 from sparsesam_jax.evaluation.metrics import bootstrap_interval, iou, relative_error
 from sparsesam_jax.evaluation.predict import Predictions, predict
@@ -176,10 +176,11 @@ def predict_all(sam: Sam, photos: Sequence[Photo], batch: int, pool: Executor) -
     protocol = Protocol("sam", sam.config.image_encoder.image_size)
     batches = [photos[i : i + batch] for i in range(0, len(photos), batch)]
     size = len(batches[0])
+    predictor = SamPredictor(sam)
 
     def run(photos: Sequence[Photo]) -> Predictions:
         queries = [protocol.query(photo, "box") for photo in photos]
-        return predict(sam, photos, queries, protocol=protocol, batch=size)
+        return predict(predictor, photos, queries, protocol=protocol, batch=size)
 
     start = time.perf_counter()
     run(batches[0])

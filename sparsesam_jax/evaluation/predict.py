@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from jaxtyping import Array, Bool, Float
 from sparsesam_jax.evaluation.datasets import Photo
 from sparsesam_jax.evaluation.protocols import Protocol, Query
 from sparsesam_jax.predictor import SamPredictor
-from sparsesam_jax.sam import Sam
 
 
 class Predictions(NamedTuple):
@@ -31,7 +31,7 @@ class Predictions(NamedTuple):
 
 
 def predict(
-    sam: Sam,
+    predictor: SamPredictor,
     photos: Sequence[Photo],
     queries: Sequence[Query],
     *,
@@ -41,7 +41,7 @@ def predict(
     """One mask a photo, in one call of the encoder and one of the decoder.
 
     Args:
-        sam: The model.
+        predictor: The model's; threads may share it, for its image is left alone.
         photos: At most `batch`; a smaller number is filled up, because another one would compile
             again.
         queries: What `protocol` makes of each photo.
@@ -50,7 +50,7 @@ def predict(
     """
     start = time.perf_counter()
     filled = list(itertools.islice(itertools.cycle(queries), batch))
-    predictor = SamPredictor(sam)
+    predictor = copy.copy(predictor)
     predictor.set_image_batch([query.image for query in filled])
     arguments = [query.prompt.arguments for query in filled]
     logits, _, low_res = predictor.predict_batch(

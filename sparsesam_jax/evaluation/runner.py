@@ -27,6 +27,7 @@ from sparsesam_jax.evaluation.protocols import Protocol, make_protocol
 from sparsesam_jax.evaluation.rows import Row, RowFile
 from sparsesam_jax.evaluation.run_settings import settle
 from sparsesam_jax.evaluation.summary import Summary
+from sparsesam_jax.predictor import SamPredictor
 from sparsesam_jax.sam import Sam, locate
 from sparsesam_jax.weights import atomic_path
 from sparsesam_jax.work import encoder_work
@@ -137,8 +138,8 @@ class Evaluation:
         )
         self.config = self.sam.config.image_encoder
         self.protocol: Protocol = make_protocol(options.protocol, self.config.image_size)
-        self.models = {
-            candidate: candidate.model(self.sam)
+        self.predictors = {
+            candidate: SamPredictor(candidate.model(self.sam))
             for candidate in (DENSE, *options.candidates)
             if candidate == DENSE or not candidate.is_dense
         }
@@ -152,19 +153,19 @@ class Evaluation:
             photos = self.read(self.pairs[start : start + size])
             todo = [
                 candidate
-                for candidate in self.models
+                for candidate in self.predictors
                 if any((*candidate[:2], photo.name) not in file.rows for photo in photos)
             ]
             found: list[Row] = []
             if photos and todo:
                 dense = self.predict(DENSE, photos)
-                for candidate in self.models:
+                for candidate in self.predictors:
                     if candidate in todo:
                         new = dense if candidate == DENSE else self.predict(candidate, photos)
                         found += self._rows(candidate, photos, new, dense)
                     advance(candidate, len(self.pairs[start : start + size]))
             else:
-                for candidate in self.models:
+                for candidate in self.predictors:
                     advance(candidate, len(self.pairs[start : start + size]))
             file.append(found)
 
@@ -183,7 +184,7 @@ class Evaluation:
         """Masks and features of at most a batch of photos."""
         queries = [self.protocol.query(photo, self.options.prompts) for photo in photos]
         return predict(
-            self.models[candidate],
+            self.predictors[candidate],
             photos,
             queries,
             protocol=self.protocol,
@@ -258,7 +259,7 @@ def run(options: Options, pairs: Sequence[Pair], console: Console) -> Report:
         raise ValueError(f"out must be a folder, or a new one in a folder, got {str(out)!r}")
     settle(out, _settings(options, pairs), resume=options.resume)
     file = RowFile(out / "rows.csv", resume=options.resume)
-    total = len(evaluation.models) * len(pairs)
+    total = len(evaluation.predictors) * len(pairs)
     with _progress(console, total) as advance:
         evaluation.measure(file, advance)
     with atomic_path(out / "problems.json") as temporary:
