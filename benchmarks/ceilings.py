@@ -20,9 +20,9 @@ import numpy as np
 
 from benchmarks import machine, shapes
 from benchmarks.encoder_jax import device_name
-from benchmarks.pool import Children, Job, Outcome, labels, run
+from benchmarks.pool import Job, RunOptions, labels
 from benchmarks.process import Program
-from benchmarks.records import Record, Write
+from benchmarks.records import Record
 from benchmarks.timing import Spread, queued_ms
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.work import encoder_work
@@ -34,35 +34,28 @@ Ceiling = dict[str, float]  # TFLOP/s of `products` and `attention`, TB/s of `co
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RunOptions):
     """What to measure.
 
     Attributes:
         models: Names of `shapes.MODELS`.
         batches: Images whose tokens are the rows of the products.
         dtype: Of inputs and outputs.
-        runs: Timed runs of a program.
         loops: Launches of a program that are timed together.
-        width: Processes that compile at a time.
-        limit: Seconds after which the rest is given up.
-        commit: Of the tree, where it is no checkout.
     """
 
     models: Sequence[str] = ("vit_b", "vit_l", "vit_h")
     batches: Sequence[int] = (8, 1)
     dtype: str = "bfloat16"
-    runs: int = 20
     loops: int = 10
-    width: int = 6
-    limit: float = 3600
-    commit: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.models:
             shapes.model_config(name)
-        for value in (*self.batches, self.runs, self.loops, self.width):
+        for value in (*self.batches, self.loops):
             if value < 1:
-                raise ValueError(f"batch, runs and width must be positive, got {value}")
+                raise ValueError(f"batch and loops must be positive, got {value}")
 
 
 QUICK = Options(
@@ -101,17 +94,10 @@ def job(model: str, batch: int, *, dtype: str, runs: int, loops: int) -> Job:
     )
 
 
-def measure(options: Options, write: Write, children: Children | None = None) -> Outcome:
-    """Check and time everything; one line and one record a task."""
+def jobs(options: Options) -> list[Job]:
+    """One case a model and batch."""
     sizes: Any = dict(dtype=options.dtype, runs=options.runs, loops=options.loops)
-    return run(
-        [job(*key, **sizes) for key in itertools.product(options.models, options.batches)],
-        write,
-        width=options.width,
-        limit=options.limit,
-        commit=options.commit,
-        children=children,
-    )
+    return [job(*key, **sizes) for key in itertools.product(options.models, options.batches)]
 
 
 def build(model: str, batch: int, dtype: str, runs: int, loops: int) -> Program:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import records, tables
+from benchmarks import pool, records, tables
 from benchmarks.pool import Children, Outcome
 from benchmarks.records import Record
 
@@ -83,7 +83,7 @@ def _measure(
     def run() -> int:
         options = dataclasses.replace(suite.QUICK if quick else suite.Options(), **given)
         with records.writer(out, append=append) as write, _processes(quick) as children:
-            outcome = suite.measure(options, write, children)
+            outcome = pool.measure(suite.jobs(options), options, write, children)
         _show(name, outcome)
         for record in outcome.results:
             _print_parts(record, parts)
@@ -287,7 +287,7 @@ def quick(out: Out = None) -> None:
             for name in _KEYS:
                 print(f"== {name}", flush=True)
                 suite = _suite(name)
-                outcome = suite.measure(suite.QUICK, write, children)
+                outcome = pool.measure(suite.jobs(suite.QUICK), suite.QUICK, write, children)
                 codes.append(outcome.exit_code)
                 if outcome.interrupted:
                     break

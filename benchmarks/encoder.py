@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import ceilings, encoder_names, machine, shapes
-from benchmarks.pool import Children, Job, Outcome, labels, run
-from benchmarks.records import Record, Write
+from benchmarks.pool import Job, RunOptions, labels
+from benchmarks.records import Record
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.split import block_densities
 from sparsesam_jax.work import encoder_work
@@ -31,7 +31,7 @@ MAX_SPARSE_ERROR = {"float32": 5e-2, "bfloat16": 0.2, "float16": 0.1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RunOptions):
     """What to measure: every combination of the lists that there is.
 
     Attributes:
@@ -43,12 +43,8 @@ class Options:
         dtype: Of all but the references.
         check: Whether to compare with float32.
         decomposition: Densities at which the kernels run sparse attention with the whole MLP too.
-        runs: Timed runs of each case.
         warmups: Untimed runs of each.
         loops: Runs of a ceiling in one of its programs.
-        width: Processes that compile at a time.
-        limit: Seconds after which the rest is given up.
-        commit: Of the tree, where it is no checkout.
     """
 
     models: Sequence[str] = ("vit_l",)
@@ -59,14 +55,11 @@ class Options:
     dtype: str = "bfloat16"
     check: bool = True
     decomposition: Sequence[float] = ()
-    runs: int = 20
     warmups: int = 5
     loops: int = 10
-    width: int = 6
-    limit: float = 3600
-    commit: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.models:
             shapes.model_config(name)
         for name in self.implementations:
@@ -76,9 +69,6 @@ class Options:
         for density in (*self.densities, *self.decomposition):
             if not 0 < density <= 1:
                 raise ValueError(f"density must lie in (0, 1], got {density}")
-        for name in ("runs", "width", *(["batches"] if not self.batches else [])):
-            if not getattr(self, name) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for batch in self.batches:
             if batch < 1:
                 raise ValueError(f"batch must be positive, got {batch}")
@@ -248,15 +238,3 @@ def _case(
 
 def _torch_peer(name: str) -> str:
     return "transformers" if name.startswith("transformers") else "torch"
-
-
-def measure(options: Options, write: Write, children: Children | None = None) -> Outcome:
-    """Check and time everything; one line and one record a case."""
-    return run(
-        jobs(options),
-        write,
-        width=options.width,
-        limit=options.limit,
-        commit=options.commit,
-        children=children,
-    )

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine, shapes
-from benchmarks.pool import Children, Job, Outcome, labels, run
+from benchmarks.pool import Job, RunOptions, labels
 from benchmarks.process import Program
-from benchmarks.records import Record, Write
+from benchmarks.records import Record
 from benchmarks.timing import Spread, time_ms
 from sparsesam_jax.config import Sparsity
 
@@ -30,7 +30,7 @@ MAX_SPARSE_ERROR = {"float32": 0.1, "bfloat16": 0.4, "float16": 0.3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RunOptions):
     """What to measure: every combination.
 
     Attributes:
@@ -38,22 +38,15 @@ class Options:
         densities: 1 is dense.
         implementations: `xla` or `mosaic_gpu`.
         dtype: Of the model.
-        runs: Timed runs.
-        width: Processes that compile at a time.
-        limit: Seconds after which the rest is given up.
-        commit: Of the tree, where it is no checkout.
     """
 
     models: Sequence[str] = ("vit_l",)
     densities: Sequence[float] = (1.0, 0.3)
     implementations: Sequence[str] = ("mosaic_gpu", "xla")
     dtype: str = "bfloat16"
-    runs: int = 20
-    width: int = 6
-    limit: float = 3600
-    commit: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in self.models:
             shapes.model_config(name)
         for name in self.implementations:
@@ -62,9 +55,6 @@ class Options:
         for density in self.densities:
             if not 0 < density <= 1:
                 raise ValueError(f"density must lie in (0, 1], got {density}")
-        for name in ("runs", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 QUICK = Options(models=(shapes.QUICK_MODEL,), densities=(1.0,), dtype="float32", runs=3, width=1)
@@ -117,18 +107,6 @@ def jobs(options: Options) -> list[Job]:
                 )
             )
     return found
-
-
-def measure(options: Options, write: Write, children: Children | None = None) -> Outcome:
-    """Check and time everything; a record for every number of prompts."""
-    return run(
-        jobs(options),
-        write,
-        width=options.width,
-        limit=options.limit,
-        commit=options.commit,
-        children=children,
-    )
 
 
 def build(

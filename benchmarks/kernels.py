@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from benchmarks import ceilings, machine, shapes
 from benchmarks.kernel_cases import INPUT, OPS, Case, check
-from benchmarks.pool import Children, Job, Outcome, labels, run
-from benchmarks.records import Record, Write
+from benchmarks.pool import Job, RunOptions, labels
+from benchmarks.records import Record
 
 OURS = ("mosaic_gpu", "xla")
 TORCH = {
@@ -30,7 +30,7 @@ MAX_ERROR = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RunOptions):
     """What to measure: every combination; of each op all that computes it.
 
     Attributes:
@@ -40,11 +40,7 @@ class Options:
         ops: Of `kernel_cases.OPS`.
         implementations: Of all that there are; None is all.
         dtype: Of inputs and outputs.
-        runs: Timed runs of a program.
         loops: Runs of the function that are timed together.
-        width: Processes that compile at a time.
-        limit: Seconds after which the rest is given up.
-        commit: Of the tree, where it is no checkout.
     """
 
     models: Sequence[str] = ("vit_l",)
@@ -53,13 +49,10 @@ class Options:
     ops: Sequence[str] = OPS
     implementations: Sequence[str] | None = None
     dtype: str = "bfloat16"
-    runs: int = 20
     loops: int = 10
-    width: int = 6
-    limit: float = 3600
-    commit: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for case in self.cases():
             check(case)
         known = {*OURS, *itertools.chain(*TORCH.values())}
@@ -67,9 +60,8 @@ class Options:
             if name not in known:
                 expected = ", ".join(sorted(known))
                 raise ValueError(f"implementation must be one of {expected}; got {name!r}")
-        for name in ("runs", "loops", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.loops < 1:
+            raise ValueError(f"loops must be positive, got {self.loops}")
         if self.dtype not in MAX_ERROR:
             raise ValueError(f"dtype must be one of {', '.join(MAX_ERROR)}; got {self.dtype!r}")
 
@@ -177,16 +169,4 @@ def _job(
         reference=str(case),
         max_error=MAX_ERROR[case.dtype],
         finish=finish,
-    )
-
-
-def measure(options: Options, write: Write, children: Children | None = None) -> Outcome:
-    """Check and time everything; one line and one record a case."""
-    return run(
-        jobs(options),
-        write,
-        width=options.width,
-        limit=options.limit,
-        commit=options.commit,
-        children=children,
     )

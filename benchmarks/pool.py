@@ -59,6 +59,28 @@ class Job:
     finish: Callable[[Record], None] = lambda record: None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a suite runs its cases, whatever they are.
+
+    Attributes:
+        runs: Timed runs of each case.
+        width: Processes that compile at a time.
+        limit: Seconds after which the rest is given up.
+        commit: Of the tree, where it is no checkout.
+    """
+
+    runs: int = 20
+    width: int = 6
+    limit: float = 3600
+    commit: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("runs", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
 @dataclasses.dataclass
 class Outcome:
     """What became of the cases: finished records, and whether all went well."""
@@ -78,6 +100,20 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     if got.shape != want.shape:
         return float("inf")
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def measure(
+    jobs: Sequence[Job], options: RunOptions, write: Write, children: Children | None = None
+) -> Outcome:
+    """Check and time a suite's cases, see `run`."""
+    return run(
+        jobs,
+        write,
+        width=options.width,
+        limit=options.limit,
+        commit=options.commit,
+        children=children,
+    )
 
 
 def run(

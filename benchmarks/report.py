@@ -20,7 +20,7 @@ host's clock and until the result is there; compilation is apart. MiB is the fra
 allocation, weights included. TFLOP/s count what the algorithm needs. *Of ceiling* is the time that
 the same products and the same attention would take at the rates that XLA's plain products and
 cuDNN's attention without bias reach, over the time measured: in the same run, or, where a run has
-none of its own, the {products:.0f} and {attention:.0f} TFLOP/s that an H200 reaches in bursts.
+none of its own, the {products:.0f} and {attention:.0f} TFLOP/s that the aims were set with.
 *Queued* is with every call launched before the one before it has ended.
 """
 _COLUMNS = ("ms an image", "quartiles", "queued", "MiB", "TFLOP/s", "of ceiling", "error")

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from benchmarks import machine, shapes
 from benchmarks.encoder import MAX_ERROR, MAX_SPARSE_ERROR
 from benchmarks.growth import AXES
-from benchmarks.pool import Children, Job, Outcome, labels, run
-from benchmarks.records import Record, Write
+from benchmarks.pool import Job, RunOptions, labels
+from benchmarks.records import Record
 from sparsesam_jax.config import Sparsity
 from sparsesam_jax.work import encoder_work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RunOptions):
     """What to measure.
 
     Attributes:
@@ -32,11 +32,7 @@ class Options:
         batch: Along the other axes.
         densities: Along the other axes.
         dtype: Of all but the references.
-        runs: Timed runs of each case.
         warmups: Untimed runs of each.
-        width: Processes that compile at a time.
-        limit: Seconds after which the rest is given up.
-        commit: Of the tree, where it is no checkout.
     """
 
     models: Sequence[str] = ("vit_l",)
@@ -48,13 +44,10 @@ class Options:
     batch: int = 8
     densities: Sequence[float] = (1.0,)
     dtype: str = "bfloat16"
-    runs: int = 20
     warmups: int = 5
-    width: int = 6
-    limit: float = 3600
-    commit: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for axis in self.axes:
             if axis not in AXES:
                 raise ValueError(f"axis must be one of {', '.join(AXES)}; got {axis!r}")
@@ -64,9 +57,9 @@ class Options:
         for density in (*self.densities, *self.density_points):
             if not 0 < density <= 1:
                 raise ValueError(f"density must lie in (0, 1], got {density}")
-        for value in (self.batch, *self.batches, self.runs, self.width):
+        for value in (self.batch, *self.batches):
             if value < 1:
-                raise ValueError(f"batch, runs and width must be positive, got {value}")
+                raise ValueError(f"batch must be positive, got {value}")
         for name in self.models:
             patch = shapes.model_config(name).image_encoder.patch_size
             for size in self.image_sizes:
@@ -177,16 +170,4 @@ def _job(
         reference=_reference_name(model, size, density),
         max_error=(MAX_ERROR if density == 1 else MAX_SPARSE_ERROR)[options.dtype],
         finish=finish,
-    )
-
-
-def measure(options: Options, write: Write, children: Children | None = None) -> Outcome:
-    """Check and time everything; one line and one record a case."""
-    return run(
-        jobs(options),
-        write,
-        width=options.width,
-        limit=options.limit,
-        commit=options.commit,
-        children=children,
     )
