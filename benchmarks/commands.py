@@ -221,7 +221,13 @@ def ceilings(
 def end_to_end(
     model: Model = None,
     density: Density = None,
-    implementation: Ours = None,
+    implementation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="xla, mosaic_gpu, transformers or transformers-compile; may be repeated. "
+            "Without it: all."
+        ),
+    ] = None,
     runs: Runs = None,
     width: Width = None,
     limit: Limit = None,
@@ -230,7 +236,7 @@ def end_to_end(
     append: Append = False,
     quick: Quick = False,
 ) -> None:
-    """An image in, masks out: `set_image` and `predict` with 1 and 10 prompts, and the parts."""
+    """An image in, masks out, with 1 and 10 prompts, and the parts; beside transformers."""
     _measure(
         "end-to-end",
         out=out,

@@ -8,5 +8,6 @@ TORCH = {
     "flex": "global blocks by FlexAttention with the rel-pos in its score_mod, windows by SDPA, "
     "under torch.compile",
     "transformers": "SamModel.vision_encoder of transformers with SDPA, nothing compiled",
+    "transformers-compile": "transformers under torch.compile",
     "transformers-eager": "SamModel.vision_encoder of transformers, eager attention",
 }

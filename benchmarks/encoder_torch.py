@@ -1,12 +1,12 @@
 """The PyTorch peers of the encoder suite: inference mode, and the same weights as ours.
 
 `encoder_names.TORCH` says what each runs. FlexAttention runs uncompiled on a CPU, for tests.
+`end_to_end_torch` takes transformers' whole model from here.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from benchmarks.records import Record
 from benchmarks.timing import Spread, queued_ms, time_ms
 from benchmarks.torch_sam import ImageEncoder
 from convert import huggingface
-from convert.formats import tensor_names
-from convert.rules import to_torch
+from convert.formats import Format, tensor_names
+from convert.rules import HUGGINGFACE_TIED, to_torch
 from sparsesam_jax.config import SamConfig, Sparsity
 
 
@@ -35,22 +35,13 @@ def build(
     warmups: int,
 ) -> Program:
     """One peer, compiled and warmed up; its output is the first image's features."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if implementation.startswith("compile") and device.type == "cpu":
-        raise NotRunError("torch.compile is measured on a GPU; there is none")
-    torch_dtype = getattr(torch, dtype)
-    # What is left in float32, such as a float32 reference, must not become TF32 unnoticed.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "float32"
+    device, torch_dtype = settings(implementation, dtype)
     config = shapes.model_config(model)
     kept = None if sparsity is None else Sparsity(**sparsity)
     encoder = load_encoder(config, implementation, kept, device, torch_dtype)
     pixels = torch.from_numpy(shapes.random_pixels(config, batch)).to(device, torch_dtype)
     pixels = pixels.permute(0, 3, 1, 2).contiguous()
-    program: Callable[[Tensor], Any] = encoder
-    if implementation == "compile-max-autotune":
-        program = torch.compile(encoder, mode="max-autotune")
-    elif implementation == "compile" or (implementation == "flex" and device.type == "cuda"):
-        program = torch.compile(encoder)
+    program = compiled(encoder, implementation, device)
 
     def launch() -> Tensor:
         with torch.inference_mode():
@@ -91,6 +82,25 @@ def build(
     return Program(first, measure, notes)
 
 
+def settings(implementation: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Where a peer runs, and its dtype; in float32, products are in float32 too."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "compile" in implementation and device.type == "cpu":
+        raise NotRunError("torch.compile is measured on a GPU; there is none")
+    # What is left in float32, such as a float32 reference, must not become TF32 unnoticed.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "float32"
+    return device, getattr(torch, dtype)
+
+
+def compiled(encoder: nn.Module, implementation: str, device: torch.device) -> Any:
+    """The encoder as a peer runs it: under torch.compile, or itself."""
+    if implementation == "compile-max-autotune":
+        return torch.compile(encoder, mode="max-autotune")
+    if implementation.endswith("compile") or (implementation == "flex" and device.type == "cuda"):
+        return torch.compile(encoder)
+    return encoder
+
+
 def load_encoder(
     config: SamConfig,
     implementation: str,
@@ -99,41 +109,52 @@ def load_encoder(
     dtype: torch.dtype,
 ) -> nn.Module:
     """A peer's encoder with `shapes.random_weights`."""
-    weights = shapes.random_weights(config)
-    ours = implementation in ("eager", "sdpa", "compile", "compile-max-autotune", "flex")
-    names = tensor_names(weights, "meta" if ours else "huggingface", config)
-    prefix = "image_encoder." if ours else "vision_encoder."
-    tensors = {
-        names[key].name: torch.from_numpy(
-            np.ascontiguousarray(to_torch(weights.pop(key), names[key].transform))
-        ).to(dtype)
-        for key in list(weights)
-        if names[key].name.startswith(prefix)
-    }
     if sparsity is not None and implementation != "flex":
         raise NotRunError(f"{implementation} knows no sparsity")
-    if ours:
-        attention = "flex" if implementation == "flex" else "sdpa"
-        attention = "eager" if implementation == "eager" else attention
-        encoder: nn.Module = ImageEncoder(config.image_encoder, attention, sparsity)
-        encoder.static.to(device)
-    else:
-        attention = "eager" if implementation == "transformers-eager" else "sdpa"
-        encoder = _transformers_encoder(config, attention)
-    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    encoder.load_state_dict(state)
+    if implementation.startswith("transformers"):
+        return load_transformers(config, implementation, device, dtype).vision_encoder
+    attention = implementation if implementation in ("eager", "flex") else "sdpa"
+    encoder = ImageEncoder(config.image_encoder, attention, sparsity)
+    encoder.static.to(device)
+    prefix = "image_encoder."
+    tensors = _random_tensors(config, "meta", dtype).items()
+    encoder.load_state_dict(
+        {name.removeprefix(prefix): x for name, x in tensors if name.startswith(prefix)}
+    )
     return encoder.to(device, dtype).eval()
 
 
-def _transformers_encoder(config: SamConfig, attention: str) -> nn.Module:
+def load_transformers(
+    config: SamConfig, implementation: str, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """The whole SamModel of transformers with `shapes.random_weights`."""
     from transformers import SamConfig as HuggingFaceConfig
     from transformers import SamModel
 
     described = huggingface.describe(config)
     described = {key: described[key] for key in described if key.endswith("_config")}
     whole: Any = HuggingFaceConfig(**described)
+    attention = "eager" if implementation == "transformers-eager" else "sdpa"
     whole._attn_implementation = whole.vision_config._attn_implementation = attention
-    return SamModel(whole).vision_encoder
+    model: Any = SamModel(whole)
+    tensors = _random_tensors(config, "huggingface", dtype)
+    saved, tied = HUGGINGFACE_TIED
+    model.load_state_dict(tensors | {tied: tensors[saved]})
+    return model.to(device, dtype).eval()
+
+
+def _random_tensors(
+    config: SamConfig, file_format: Format, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """`shapes.random_weights` under the names of a format."""
+    weights = shapes.random_weights(config)
+    names = tensor_names(weights, file_format, config)
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(to_torch(weights.pop(key), transform))).to(
+            dtype
+        )
+        for key, (name, transform) in names.items()
+    }
 
 
 def memory(device: torch.device) -> Record:

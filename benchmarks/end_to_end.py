@@ -3,7 +3,8 @@
 A generated image and points on its diagonal. `preprocess` is the resize on the host; `encoder` is
 what remains of `set_image`, transfer and normalisation included; `decoder` is the jitted decoder,
 its logits on the host; `upscale` takes the masks to the image's size on the host. Low-resolution
-logits are first compared with those of the same model in float32.
+logits are first compared with those of the same model in float32. `end_to_end_torch` does the same
+with transformers' model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ from sparsesam_jax.config import Sparsity
 
 IMAGE_SIDES = (75 / 64, 225 / 128)  # height and width of the image in sides of the model's input
 PROMPTS = (1, 10)
+OURS = ("mosaic_gpu", "xla")
+PEERS = {
+    "transformers": "SamModel of transformers with SDPA, nothing compiled",
+    "transformers-compile": "the same with its encoder under torch.compile",
+}
+IMPLEMENTATIONS = (*OURS, *PEERS)
 # Relative Frobenius error of the logits, after encoder and decoder; see `encoder.MAX_ERROR`.
 MAX_ERROR = {"float32": 2e-2, "bfloat16": 0.15, "float16": 0.1}
 MAX_SPARSE_ERROR = {"float32": 0.1, "bfloat16": 0.4, "float16": 0.3}
@@ -35,14 +42,14 @@ class Options(RunOptions):
 
     Attributes:
         models: Names of `shapes.MODELS`.
-        densities: 1 is dense.
-        implementations: `xla` or `mosaic_gpu`.
+        densities: 1 is dense. Peers run dense only.
+        implementations: Of `IMPLEMENTATIONS`.
         dtype: Of the model.
     """
 
     models: Sequence[str] = ("vit_l",)
     densities: Sequence[float] = (1.0, 0.3)
-    implementations: Sequence[str] = ("mosaic_gpu", "xla")
+    implementations: Sequence[str] = IMPLEMENTATIONS
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -50,14 +57,22 @@ class Options(RunOptions):
         for name in self.models:
             shapes.model_config(name)
         for name in self.implementations:
-            if name not in ("xla", "mosaic_gpu"):
-                raise ValueError(f"implementation must be xla or mosaic_gpu; got {name!r}")
+            if name not in IMPLEMENTATIONS:
+                expected = ", ".join(IMPLEMENTATIONS)
+                raise ValueError(f"implementation must be one of {expected}; got {name!r}")
         for density in self.densities:
             if not 0 < density <= 1:
                 raise ValueError(f"density must lie in (0, 1], got {density}")
 
 
-QUICK = Options(models=(shapes.QUICK_MODEL,), densities=(1.0,), dtype="float32", runs=3, width=1)
+QUICK = Options(
+    models=(shapes.QUICK_MODEL,),
+    densities=(1.0,),
+    implementations=(*OURS, "transformers"),
+    dtype="float32",
+    runs=3,
+    width=1,
+)
 
 
 def image_size(model: str) -> tuple[int, int]:
@@ -70,13 +85,14 @@ def jobs(options: Options) -> list[Job]:
     """All cases, each density's reference first."""
     found = []
     for model, density in itertools.product(options.models, options.densities):
-        arguments = dict(model=model, density=density, runs=options.runs)
+        arguments = dict(model=model, runs=options.runs)
         name = labels([model, f"r{density}", "float32 xla"])
         found.append(
             Job(
                 label=name,
                 module="benchmarks.end_to_end",
-                arguments=arguments | dict(implementation="xla", dtype="float32", timed=False),
+                arguments=arguments
+                | dict(density=density, implementation="xla", dtype="float32", timed=False),
                 environment=machine.reference_environment(),
                 known={"suite": "end-to-end", "peer": "reference", "model": model},
                 name=name,
@@ -84,15 +100,20 @@ def jobs(options: Options) -> list[Job]:
         )
         bounds = MAX_ERROR if density == 1 else MAX_SPARSE_ERROR
         for implementation in options.implementations:
+            ours = implementation in OURS
+            if density != 1 and not ours:
+                continue
             found.append(
                 Job(
                     label=labels([f"{model} r{density}", implementation, options.dtype]),
-                    module="benchmarks.end_to_end",
-                    arguments=arguments | dict(implementation=implementation, dtype=options.dtype),
-                    environment=machine.jax_environment(),
+                    module="benchmarks.end_to_end" if ours else "benchmarks.end_to_end_torch",
+                    arguments=arguments
+                    | dict(implementation=implementation, dtype=options.dtype)
+                    | (dict(density=density) if ours else {}),
+                    environment=machine.jax_environment() if ours else machine.torch_environment(),
                     known={
                         "suite": "end-to-end",
-                        "peer": "sparsesam_jax",
+                        "peer": "sparsesam_jax" if ours else "transformers",
                         "model": model,
                         "batch": 1,
                         "density": density,
@@ -182,14 +203,14 @@ def build(
             }
             peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
             several.append(
-                {
-                    "prompts": count,
-                    **total._asdict(),
-                    "ms_per_image": total.median_ms,
-                    "peak_mib": None if peak is None else peak / 2**20,
-                    "parts_ms": parts,
-                }
+                row(count, total, parts) | {"peak_mib": None if peak is None else peak / 2**20}
             )
         return {"several": several}
 
     return Program(logits, measure, {"device": device_name()})
+
+
+def row(prompts: int, total: Spread, parts: dict[str, float]) -> Record:
+    """What a record says of one image with so many prompts; `parts` are medians in ms."""
+    times = {**total._asdict(), "ms_per_image": total.median_ms}
+    return {"prompts": prompts, **times, "parts_ms": parts}

@@ -4,8 +4,8 @@
 #     bash benchmarks/on_gpus.sh smoke|encoder|rest FOLDER
 #
 #   smoke    every suite once with vit_t, one GPU, about 5 minutes: read it before a longer stage
-#   encoder  encoders of vit_b, vit_l and vit_h and the PyTorch peers, about 8 minutes on 4 GPUs
-#   rest     kernels, ceilings, end-to-end, scaling, other peers, about 7 minutes on 4 GPUs
+#   encoder  encoders of vit_b, vit_l and vit_h and the PyTorch peers, about 9 minutes on 2 GPUs
+#   rest     kernels, ceilings, end-to-end, scaling, other peers, about 9 minutes on 2 GPUs
 #
 # Records are appended to FOLDER/gpuN.jsonl as they come, what is printed to FOLDER/gpuN.log. After
 # LIMIT seconds (without it 520) nothing starts; SPARSESAM_COMMIT names the tree where git cannot.
@@ -49,46 +49,43 @@ smoke)
         $(run mosaic_gpu xla eager compile flex transformers)
     bench 0 70 kernels --model vit_t --batch 1 --density 0.3 --runs 5 --width 12
     bench 0 40 ceilings --model vit_t --batch 1 --runs 5
-    bench 0 60 end-to-end --model vit_t --density 0.3 --runs 5 --width 3
+    bench 0 80 end-to-end --model vit_t $two --runs 5 --width 8
     bench 0 60 scaling --model vit_t --axis density --runs 5 --width 14
     ;;
 encoder)
     {
-        bench 0 330 encoder --model vit_l $batches $all --decomposition 0.3 --width 7 $(run mosaic_gpu)
-        bench 0 240 encoder --model vit_l $batches $two --width 8 $(run xla)
+        bench 0 300 encoder --model vit_l $batches $all --decomposition 0.3 --width 12 $(run mosaic_gpu)
+        bench 0 200 encoder --model vit_l $batches $two --width 8 $(run xla)
     } &
     {
-        bench 1 360 encoder --model vit_h $batches $all --decomposition 0.3 --width 7 $(run mosaic_gpu)
-        bench 1 200 encoder --model vit_h $batches --density 1 --width 8 $(run xla)
+        bench 1 300 encoder --model vit_h $batches $all --decomposition 0.3 --width 12 $(run mosaic_gpu)
+        bench 1 200 encoder --model vit_l $batches --density 1 --width 4 $(run compile-max-autotune)
     } &
     {
-        bench 2 200 encoder --model vit_b $batches $all --decomposition 0.3 --width 8 $(run mosaic_gpu)
-        bench 2 120 encoder --model vit_b $batches $two --width 8 $(run xla)
-        bench 2 200 encoder --model vit_b $batches $two --width 8 $(run compile flex eager)
+        bench 2 200 encoder --model vit_b $batches $all --decomposition 0.3 --width 12 $(run mosaic_gpu)
+        bench 2 160 encoder --model vit_b $batches $two --width 12 $(run compile flex eager xla)
     } &
     {
-        bench 3 330 encoder --model vit_l $batches $two --width 8 \
+        bench 3 300 encoder --model vit_l $batches $two --width 12 \
             $(run compile flex sdpa eager transformers)
-        bench 3 260 encoder --model vit_l $batches --density 1 --width 4 $(run compile-max-autotune)
     } &
     ;;
 rest)
     {
-        bench 0 270 kernels --model vit_l $batches $two --width 10
-        bench 0 100 kernels --model vit_h --batch 8 $two --width 10 $(run mosaic_gpu xla)
-        bench 0 100 kernels --model vit_b --batch 8 $two --width 10 $(run mosaic_gpu xla)
+        bench 0 240 kernels --model vit_l $batches $two --width 12
+        bench 0 60 ceilings --width 6
+        bench 0 120 kernels --model vit_h --batch 8 $two --width 12 $(run mosaic_gpu xla)
     } &
     {
-        bench 1 300 encoder --model vit_h $batches $two --width 8 $(run compile flex eager)
-        bench 1 120 end-to-end --model vit_l --width 6
+        bench 1 240 encoder --model vit_h $batches $two --width 8 $(run compile flex eager)
+        bench 1 120 encoder --model vit_h $batches --density 1 --width 8 $(run xla)
     } &
     {
-        bench 2 330 scaling --model vit_l --axis batch --axis density --width 7
-        bench 2 60 ceilings --width 6
+        bench 2 300 scaling --model vit_l --axis batch --axis density --width 12
     } &
     {
-        bench 3 200 scaling --model vit_l --axis image_size --width 7
-        bench 3 200 scaling --model vit_l --axis image_size --implementation xla --width 6
+        bench 3 150 end-to-end --model vit_l --width 8
+        bench 3 200 scaling --model vit_l --axis image_size --width 8
     } &
     ;;
 esac

@@ -80,11 +80,7 @@ def _encoder(device: str, own: Sequence[Record], pictures: dict[str, str]) -> st
         for r in own
         if r["sparse"] != "attention"
     ]
-    text = f"{_provenance(device, own)} Error: relative, Frobenius."
-    what = {r["implementation"]: r["what"] for r in own if r.get("what")}
-    if what:
-        text += " What PyTorch's peers run: "
-        text += "; ".join(f"*{name}*: {told}" for name, told in sorted(what.items())) + "."
+    text = f"{_provenance(device, own)} Error: relative, Frobenius.{_what(own)}"
     columns = ["model", "batch", "density", "implementation", *_COLUMNS]
     return section("Image encoder", text, columns, lines, pictures.get("encoder"))
 
@@ -176,7 +172,8 @@ def _end_to_end(device: str, own: Sequence[Record]) -> str:
     parts = ["preprocess", "encoder", "decoder", "upscale"]
     text = (
         f"{_provenance(device, own)} `set_image` and `predict` of one image; three masks a prompt. "
-        "*preprocess* and *upscale* run on the host; *encoder* is what remains of `set_image`."
+        "*preprocess* and *upscale* run on the host where nothing else is said; *encoder* is what "
+        f"remains of `set_image`.{_what(own)}"
     )
     return section("From an image to its masks", text, [*columns, *parts, "error"], lines)
 
@@ -275,6 +272,12 @@ def _cells(r: Record) -> list[str]:
         _share(r),
         number(r.get("max_error"), ".1e"),
     ]
+
+
+def _what(own: Sequence[Record]) -> str:
+    what = {r["implementation"]: r["what"] for r in own if r.get("what")}
+    told = "; ".join(f"*{name}*: {text}" for name, text in sorted(what.items()))
+    return f" What PyTorch's peers run: {told}." if told else ""
 
 
 def _share(r: Record) -> str:

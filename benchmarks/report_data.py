@@ -37,6 +37,7 @@ IMPLEMENTATIONS = (
     "flex",
     "sdpa",
     "eager",
+    "transformers-compile",
     "transformers",
     "transformers-eager",
 )

@@ -29,10 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference
+from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference, reference
 from pallas_kernels.matmul_kernel import Config, Epilogue
 from pallas_kernels.mlp_weights import MLPWeights
-from pallas_kernels.routed_mlp import GATHER_ROWS, mosaic_mlp, mosaic_routed_mlp
+from pallas_kernels.routed_mlp import mosaic_mlp, mosaic_routed_mlp
 from pallas_kernels.tuning import fitting_matmul, padded, tuned
 
 EPSILON = 1e-6
@@ -74,7 +74,7 @@ class Task:
     program: str = "mosaic"
     config: Config | None = None
     epilogue: Epilogue | None = None
-    block_rows: int = GATHER_ROWS
+    block_rows: int = gather_norm_kernel.BLOCK_ROWS
 
     @property
     def flops(self) -> float:
@@ -221,7 +221,7 @@ def step(task: Task, carry: Any, data: dict[str, Any]) -> Any:
         if mosaic:
             statics = gather_norm_kernel.Statics(EPSILON, task.block_rows, case.num_rows, False)
             return gather_norm_kernel.launch(statics, x, scale, bias, rows=rows)
-        return mlp_reference.layer_norm(x if dense else x[data["rows"]], scale, bias, EPSILON)
+        return reference.layer_norm(x if dense else x[data["rows"]], scale, bias, EPSILON)
     if task.part == "product1":
         normed = data["normed"]
         if task.program == "xla_gemm":

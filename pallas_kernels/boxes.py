@@ -21,7 +21,7 @@ def buffer(dtype: Any, *shape: int) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
-def as_box(smem: Any, index: tuple[Any, ...], shape: tuple[int, int]) -> Any:
+def as_box(smem: Any, index: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
     """The rows of a `buffer`, or of plain memory, seen as a box of `shape` of the feature map.
 
     Where a tile is as wide as the array, tiled rows lie behind each other like plain rows: the

@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 CHUNK = 64  # columns that a warp has in one register of each thread, two a thread
 WARPS = 4
+BLOCK_ROWS = 16  # that a block of threads normalises, unless it is being tuned
 
 
 class Statics(NamedTuple):

@@ -10,17 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mlp_weights import MLPWeights
-from pallas_kernels.reference import matmul_precision
-
-
-def layer_norm(
-    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
-) -> Float[Array, "... d"]:
-    """LayerNorm over the last axis in float32, in x's dtype."""
-    y = x.astype(jnp.float32)
-    y = y - y.mean(axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt((y * y).mean(axis=-1, keepdims=True) + epsilon)
-    return (y * scale + bias).astype(x.dtype)
+from pallas_kernels.reference import layer_norm, matmul_precision
 
 
 def mlp_update(

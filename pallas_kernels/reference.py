@@ -123,6 +123,16 @@ def window_unpartition(
     return x[:, :height, :width]
 
 
+def layer_norm(
+    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
+) -> Float[Array, "... d"]:
+    """LayerNorm over the last axis in float32, in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(axis=-1, keepdims=True) + epsilon)
+    return (y * scale + bias).astype(x.dtype)
+
+
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     """Full precision for float32 operands, where a GPU would otherwise take TF32."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

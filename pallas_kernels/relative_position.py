@@ -3,20 +3,27 @@
     rel_h[b, y, x, h, i] = sqrt(D) q[b, y, x, h] . rel_pos_h[y, i]
     rel_w[b, y, x, h, j] = sqrt(D) q[b, y, x, h] . rel_pos_w[x, j]
 
-in the units of q . k, which the softmax scales. The same as `reference.relative_position` (MViTv2,
-arXiv 2112.01526, Eq. 4) times sqrt(D), which XLA runs as one product a row and one a column of the
-map, with q and the result transposed around each.
+in the units of q . k, which the softmax scales, for the key rows i and columns j of a window or of
+the whole map. The same as `reference.relative_position` (MViTv2, arXiv 2112.01526, Eq. 4) times
+sqrt(D), which XLA runs as one product a row and one a column of the map, with q and the result
+transposed around each.
 
-Designed to be bound by bandwidth: a program reads a tile of 8 x 8 tokens of one head after the
-other and writes 16 numbers a token and axis, while the tables of the tile's 8 rows and 8 columns
-stay in shared memory. A product of the tensor core takes 64 tokens at least, so that it takes all 8
-tables, and each token keeps the 16 columns that its own table gave.
+Designed to be bound by bandwidth: a program reads a tile of 4 x 4 tokens of four heads after the
+other, while the tables of the tile's 4 rows and 4 columns stay in shared memory. A product of the
+tensor core takes 64 queries at least, so that it takes all 4 tables, and each query keeps the
+columns that its own table gave. More tokens of fewer heads would need more tables, in shared memory
+and in the product; and neighbouring heads are neighbours in memory. Half a multiprocessor's shared
+memory holds all this for 64 + 64 keys: two programs share a multiprocessor, and one multiplies
+while the other selects and writes. Where the heads are no multiple of four, a tile is 8 x 8 tokens
+of one head.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,34 +33,86 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.boxes import buffer, map_boxes, split_head_dim
+from pallas_kernels import reference
+from pallas_kernels.boxes import as_box, buffer, map_boxes, split_head_dim
 from pallas_kernels.implementation import no_gradient
-from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, div_rem
+from pallas_kernels.tiles import BLOCK, CHUNK, div_rem
 
-NUM_STAGES = 4  # tiles of q in shared memory at a time
 NUM_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200 (SXM)
+SMEM_BYTES = 232448 - 2048  # of one program on Hopper, less what its barriers take
+
+
+class Config(NamedTuple):
+    """What fits in registers and shared memory.
+
+    Attributes:
+        side: Tokens along a side of a tile.
+        width: Key coordinates in a chunk, all of one axis.
+        num_chunks: Chunks that are multiplied, and then written, at a time.
+        num_stages: Tiles of q in shared memory at a time.
+    """
+
+    side: int
+    width: int
+    num_chunks: int
+    num_stages: int
+
+    @property
+    def heads(self) -> int:
+        """Heads of every token of a tile, which has 64 queries."""
+        return BLOCK // self.side**2
+
+
+class Chunk(NamedTuple):
+    """Key coordinates from `first` on of one axis: chunk `number` in shared memory."""
+
+    number: int
+    axis: int
+    first: int
 
 
 class Statics(NamedTuple):
     """What a launch knows when it is traced; `interpret` as in `plgpu.kernel`."""
 
     num_heads: int
+    config: Config
     num_programs: int
     interpret: Any
 
 
-def supports(grid: tuple[int, int], head_dim: int, dtype: Any) -> bool:
-    """Whether the kernel takes a map of this grid, cut into whole tiles, and this q."""
-    whole_tiles = all(side % SIDE == 0 for side in grid)
-    whole_chunks = head_dim % 16 == 0 and head_dim <= 128
+def fitting_config(heads: int, head_dim: int, num_keys: tuple[int, int]) -> Config | None:
+    """The best configuration for this many key rows and columns that fits in shared memory.
+
+    Two programs share a multiprocessor if they can; it is None where not even one fits.
+    """
+    side = 8 if heads % 4 else 4
+    # A product has up to 256 columns, which are 128 registers of every thread.
+    choices = itertools.product((SMEM_BYTES // 2, SMEM_BYTES), (256, 128), (4, 3, 2))
+    for smem_bytes, columns, num_stages in choices:
+        width = math.gcd(columns // side, *num_keys)
+        num_chunks = min(columns // side, sum(num_keys)) // width
+        tables = side * sum(num_keys) * head_dim
+        queries = BLOCK * (num_stages * head_dim + 2 * num_chunks * width)
+        if 2 * (tables + queries) <= smem_bytes:
+            return Config(side, width, num_chunks, num_stages)
+    return None
+
+
+def supports(shape: tuple[int, ...], num_keys: tuple[int, int], dtype: Any) -> bool:
+    """Whether the kernel takes a qkv of this shape and dtype and this many key rows and columns."""
+    _, height, width, _, heads, head_dim = shape
+    config = fitting_config(heads, head_dim, num_keys)
+    whole_tiles = config is not None and height % config.side == 0 and width % config.side == 0
+    whole_chunks = head_dim % 16 == 0 and head_dim <= 128 and all(n % CHUNK == 0 for n in num_keys)
     return whole_tiles and whole_chunks and dtype in (jnp.bfloat16, jnp.float16)
 
 
 def own_columns(product: Any, place: Any) -> Any:
-    """Of each token's product with 8 tables, [64, 8 * 16], that with table `place` [64, 16]."""
-    rel = product[:, :CHUNK]
-    for i in range(1, SIDE):
-        rel = jnp.where(place == i, product[:, i * CHUNK : (i + 1) * CHUNK], rel)
+    """Of each row's product with tables, [64, tables * width], that with `place` [64, width]."""
+    width = place.shape[1]
+    rel = product[:, :width]
+    for i in range(1, product.shape[1] // width):
+        rel = jnp.where(place == i, product[:, i * width : (i + 1) * width], rel)
     return rel
 
 
@@ -61,68 +120,78 @@ def _kernel(
     qkv_gmem, tables_gmem, *out_gmem,
     q_smem, tables_smem, out_smem, q_full, tables_full, statics,
 ):  # fmt: skip
-    num_heads, _, interpret = statics
+    num_heads, config, _, interpret = statics
+    side, width, num_chunks, num_stages = config
     batch, head_dim = qkv_gmem.shape[0], qkv_gmem.shape[-1]
-    chunks = split_head_dim(head_dim)
-    spans = [pl.ds(sum(chunks[:c]), chunk) for c, chunk in enumerate(chunks)]
-    tile = (lax.axis_index("row"), lax.axis_index("col"))
+    parts = split_head_dim(head_dim)
+    spans = [pl.ds(sum(parts[:p]), part) for p, part in enumerate(parts)]
+    tile = (lax.axis_index("row") * side, lax.axis_index("col") * side)
     split, num_splits = lax.axis_index("split"), lax.axis_size("split")
-    steps = lax.div(batch * num_heads - 1 - split, num_splits) + 1
-    shape = (SIDE, SIDE, interpret)
+    steps = lax.div(batch * num_heads // config.heads - 1 - split, num_splits) + 1
+    firsts = [(axis, i) for axis in range(2) for i in range(0, tables_gmem[axis].shape[2], width)]
+    chunks = [Chunk(number, *first) for number, first in enumerate(firsts)]
+    turns = [chunks[i : i + num_chunks] for i in range(0, len(chunks), num_chunks)]
 
-    def item(step: Any) -> tuple[tuple[Any, Any, Any], Any]:
-        """The corner of the step's tile in the map, and the head."""
-        image, head = div_rem(split + step * num_splits, num_heads)
-        return (image, tile[0] * SIDE, tile[1] * SIDE), head
+    def boxes(step: Any, gmem: Any, span: Any, smem: Any, slot: Any) -> Iterator[tuple[Any, Any]]:
+        """The step's tile of a map beside the rows of `smem` that it fills."""
+        image, group = div_rem(split + step * num_splits, num_heads // config.heads)
+        columns = (pl.ds(group * config.heads, config.heads), span)
+        if interpret:  # has no reshaped references
+            for token in range(side**2):
+                y, x = divmod(token, side)
+                source = gmem.at[image, tile[0] + y, tile[1] + x, *columns]
+                yield source, smem.at[slot, pl.ds(token * config.heads, config.heads)]
+        else:
+            box = as_box(smem, (slot, pl.ds(0, BLOCK)), (side, side, config.heads))
+            yield gmem.at[image, pl.ds(tile[0], side), pl.ds(tile[1], side), *columns], box
 
     def load(step: Any) -> None:
-        corner, head = item(step)
-        slot = lax.rem(step, NUM_STAGES)
+        slot = lax.rem(step, num_stages)
         for smem, span in zip(q_smem, spans, strict=True):
-            for source, target in map_boxes(qkv_gmem, smem, corner, (head, span), slot, shape):
+            for source, target in boxes(step, qkv_gmem, span, smem, slot):
                 plgpu.copy_gmem_to_smem(source, target, q_full.at[slot])
 
-    def store(step: Any) -> None:
-        corner, head = item(step)
-        columns, slot = (head, pl.ds(0, CHUNK)), lax.rem(step, 2)
-        for gmem, smem in zip(out_gmem, out_smem, strict=True):
-            for target, source in map_boxes(gmem, smem, corner, columns, slot, shape):
-                plgpu.copy_smem_to_gmem(source, target, commit_group=False)
-        plgpu.commit_smem_to_gmem_group()
-
-    def multiply(slot: Any) -> list[Any]:
-        """Every token's product with all 8 tables of each axis, [64, 8 * 16]."""
+    def multiply(slot: Any, turn: list[Chunk]) -> list[Any]:
+        """Every query's products with chunks of all tables of their axis, [64, side * width]."""
 
         def products(*acc_refs: Any) -> list[Any]:
-            for axis, acc_ref in enumerate(acc_refs):
+            for chunk, acc_ref in zip(turn, acc_refs, strict=True):
                 for q, tables in zip(q_smem, tables_smem, strict=True):
-                    plgpu.wgmma(acc_ref, q.at[slot], tables.at[axis].transpose((1, 0)))
+                    plgpu.wgmma(acc_ref, q.at[slot], tables.at[chunk.number].transpose((1, 0)))
             return [acc_ref[...] for acc_ref in acc_refs]
 
-        acc = plgpu.WGMMAAccumulatorRef((BLOCK, SIDE * CHUNK), jnp.float32)
-        return pl.run_scoped(products, acc, acc)
+        acc = plgpu.WGMMAAccumulatorRef((BLOCK, side * width), jnp.float32)
+        return pl.run_scoped(products, *[acc] * len(turn))
 
-    for axis, gmem in enumerate(tables_gmem):
-        corner, box = (0, tile[axis] * SIDE, 0), (SIDE, CHUNK, interpret)
+    for number, axis, first in chunks:
+        corner, box = (0, tile[axis], first), (side, width, interpret)
         for smem, span in zip(tables_smem, spans, strict=True):
-            for source, target in map_boxes(gmem, smem, corner, (span,), axis, box):
+            for source, target in map_boxes(tables_gmem[axis], smem, corner, (span,), number, box):
                 plgpu.copy_gmem_to_smem(source, target, tables_full)
-    pl.loop(0, jnp.minimum(steps, NUM_STAGES))(load)
+    pl.loop(0, jnp.minimum(steps, num_stages))(load)
     plgpu.barrier_wait(tables_full)
-    token = plgpu.broadcasted_iota(jnp.int32, (BLOCK, CHUNK), 0, layout=plgpu.Layout.WGMMA)
-    places = div_rem(token, SIDE)
+    row = plgpu.broadcasted_iota(jnp.int32, (BLOCK, width), 0, layout=plgpu.Layout.WGMMA)
+    places = div_rem(div_rem(row, config.heads)[0], side)
 
     @pl.loop(0, steps)
     def _(step: Any) -> None:
-        slot = lax.rem(step, NUM_STAGES)
+        slot = lax.rem(step, num_stages)
         plgpu.barrier_wait(q_full.at[slot])
-        rel = [own_columns(*pair) for pair in zip(multiply(slot), places, strict=True)]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        for x, smem in zip(rel, out_smem, strict=True):
-            smem[lax.rem(step, 2)] = (x * math.sqrt(head_dim)).astype(smem.dtype)
-        plgpu.commit_smem()  # all threads are through with q too
-        pl.when(step + NUM_STAGES < steps)(lambda: load(step + NUM_STAGES))
-        store(step)
+        for t, turn in enumerate(turns):
+            first_out = lax.rem(step * len(turns) + t, 2) * num_chunks
+            products = zip(multiply(slot, turn), turn, strict=True)
+            rel = [own_columns(product, places[chunk.axis]) for product, chunk in products]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            for i, x in enumerate(rel):
+                out_smem[first_out + i] = (x * math.sqrt(head_dim)).astype(out_smem.dtype)
+            plgpu.commit_smem()  # all threads are through with q too
+            if turn is turns[-1]:
+                pl.when(step + num_stages < steps)(lambda: load(step + num_stages))
+            for i, (_, axis, first) in enumerate(turn):
+                span = pl.ds(first, width)
+                for target, source in boxes(step, out_gmem[axis], span, out_smem, first_out + i):
+                    plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+            plgpu.commit_smem_to_gmem_group()
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -134,26 +203,31 @@ def _launch(statics: Statics, qkv: Array, tables: tuple[Array, Array]) -> tuple[
     Args:
         statics: What is known when the launch is traced.
         qkv: [B, Gh, Gw, 3 H, D], 16-bit floats: q of all heads, then others.
-        tables: rel_pos_h and rel_pos_w, [1, Gh, 16, D] and [1, Gw, 16, D]: maps to copy boxes of.
+        tables: rel_pos_h and rel_pos_w, [1, Gh, Sh, D] and [1, Gw, Sw, D]: maps to copy boxes of.
 
     Returns:
-        rel_h and rel_w, [B, Gh, Gw, H, 16].
+        rel_h and rel_w, [B, Gh, Gw, H, Sh] and [B, Gh, Gw, H, Sw].
     """
-    num_heads, num_programs, interpret = statics
-    batch, height, width, _, head_dim = qkv.shape
-    chunks, grid = split_head_dim(head_dim), (height // SIDE, width // SIDE)
-    num_splits = min(batch * num_heads, max(num_programs // (grid[0] * grid[1]), 1))
-    out_type = jax.ShapeDtypeStruct((batch, height, width, num_heads, CHUNK), qkv.dtype)
-    copies = SIDE if interpret else 1  # that a box takes
+    num_heads, config, num_programs, interpret = statics
+    side, width, num_chunks, num_stages = config
+    batch, height, map_width, _, head_dim = qkv.shape
+    parts, grid = split_head_dim(head_dim), (height // side, map_width // side)
+    items = batch * num_heads // config.heads
+    num_splits = min(items, max(num_programs // (grid[0] * grid[1]), 1))
+    total = sum(table.shape[2] for table in tables) // width
+    token_copies, table_copies = (side**2, side) if interpret else (1, 1)  # that a box takes
     kernel = plgpu.kernel(
         functools.partial(_kernel, statics=statics),
-        out_type=(out_type, out_type),
+        out_type=tuple(
+            jax.ShapeDtypeStruct((*qkv.shape[:3], num_heads, table.shape[2]), qkv.dtype)
+            for table in tables
+        ),
         scratch_types=dict(
-            q_smem=[buffer(qkv.dtype, NUM_STAGES, BLOCK, chunk) for chunk in chunks],
-            tables_smem=[buffer(qkv.dtype, 2, SIDE * CHUNK, chunk) for chunk in chunks],
-            out_smem=[buffer(qkv.dtype, 2, BLOCK, CHUNK) for _ in tables],
-            q_full=plgpu.Barrier(num_barriers=NUM_STAGES, num_arrivals=len(chunks) * copies),
-            tables_full=plgpu.Barrier(num_arrivals=2 * len(chunks) * copies),
+            q_smem=[buffer(qkv.dtype, num_stages, BLOCK, part) for part in parts],
+            tables_smem=[buffer(qkv.dtype, total, side * width, part) for part in parts],
+            out_smem=buffer(qkv.dtype, 2 * num_chunks, BLOCK, width),
+            q_full=plgpu.Barrier(num_barriers=num_stages, num_arrivals=len(parts) * token_copies),
+            tables_full=plgpu.Barrier(num_arrivals=total * len(parts) * table_copies),
         ),
         grid=(*grid, num_splits),
         grid_names=("row", "col", "split"),
@@ -166,26 +240,40 @@ def _launch(statics: Statics, qkv: Array, tables: tuple[Array, Array]) -> tuple[
     return kernel(qkv, tables)
 
 
-_launch.defjvp(no_gradient("window_attention"))
+_launch.defjvp(no_gradient("attention"))
 
 
 # Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
 launch = jax.jit(_launch, static_argnums=0)
 
 
+def xla_relative_position(
+    qkv: Float[Array, "B Gh Gw 3 H D"],
+    rel_pos_h: Float[Array, "Gh Sh D"],
+    rel_pos_w: Float[Array, "Gw Sw D"],
+) -> tuple[Float[Array, "B Gh Gw H Sh"], Float[Array, "B Gh Gw H Sw"]]:
+    """What `relative_position` computes, as plain XLA and for any shapes."""
+    rel_h, rel_w = reference.relative_position(qkv[:, :, :, 0], rel_pos_h, rel_pos_w)
+    root = math.sqrt(qkv.shape[-1])
+    return (rel_h * root).astype(qkv.dtype), (rel_w * root).astype(qkv.dtype)
+
+
 def relative_position(
     qkv: Float[Array, "B Gh Gw 3 H D"],
-    rel_pos_h: Float[Array, "Gh 16 D"],
-    rel_pos_w: Float[Array, "Gw 16 D"],
+    rel_pos_h: Float[Array, "Gh Sh D"],
+    rel_pos_w: Float[Array, "Gw Sw D"],
     *,
     num_programs: int = NUM_PROGRAMS,
     interpret: Any = False,
-) -> tuple[Float[Array, "B Gh Gw H 16"], Float[Array, "B Gh Gw H 16"]]:
-    """`sqrt(D) q . rel_pos_h[y, i]` and `sqrt(D) q . rel_pos_w[x, j]`, for what `supports` takes.
+) -> tuple[Float[Array, "B Gh Gw H Sh"], Float[Array, "B Gh Gw H Sw"]]:
+    """`sqrt(D) q . rel_pos_h[y, i]` and `sqrt(D) q . rel_pos_w[x, j]`, as a kernel.
+
+    Where `supports` says that the kernel does not fit, XLA runs it.
 
     Args:
         qkv: Queries, keys and values in raster order; only the queries are read.
-        rel_pos_h: What every row of the map adds for every key row, padded to 16, dtype of qkv.
+        rel_pos_h: What every row of the map adds for every key row, dtype of qkv. The kernel takes
+            whole chunks of 16 key rows, so that they should be padded to these.
         rel_pos_w: The same for columns.
         num_programs: Programs at most, or one for each tile of the map where there are more tiles.
         interpret: For tests: parameters of Mosaic GPU's interpret mode.
@@ -194,5 +282,11 @@ def relative_position(
         rel_h and rel_w, accumulated and scaled in float32 and rounded once to qkv's dtype.
     """
     batch, height, width, _, heads, head_dim = qkv.shape
+    num_keys = rel_pos_h.shape[1], rel_pos_w.shape[1]
+    if not supports(qkv.shape, num_keys, qkv.dtype):
+        return xla_relative_position(qkv, rel_pos_h, rel_pos_w)
+    config = fitting_config(heads, head_dim, num_keys)
+    assert config is not None, "supports checks that a configuration fits"
     flat = qkv.reshape(batch, height, width, 3 * heads, head_dim)
-    return launch(Statics(heads, num_programs, interpret), flat, (rel_pos_h[None], rel_pos_w[None]))
+    statics = Statics(heads, config, num_programs, interpret)
+    return launch(statics, flat, (rel_pos_h[None], rel_pos_w[None]))

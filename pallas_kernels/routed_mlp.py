@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference
+from pallas_kernels.gather_norm_kernel import BLOCK_ROWS
 from pallas_kernels.implementation import Implementation, no_gradient, resolve
 from pallas_kernels.matmul_kernel import Config
 from pallas_kernels.mlp_weights import MLPWeights
 from pallas_kernels.tuning import fitting_matmul, padded, tuned
-
-GATHER_ROWS = 16  # rows of a block of threads of gather + LayerNorm
 
 
 class Statics(NamedTuple):
@@ -204,7 +203,7 @@ def _launch(statics: Statics, x: Array, rows: Array | None, weights: MLPWeights)
     if rows is not None:
         # Padding repeats the last row: it may be read again, and is not written.
         rows = jnp.pad(rows, (0, padded(num_rows) - num_rows), mode="edge")
-    norm_statics = gather_norm_kernel.Statics(epsilon, GATHER_ROWS, num_rows, interpret)
+    norm_statics = gather_norm_kernel.Statics(epsilon, BLOCK_ROWS, num_rows, interpret)
     norm_scale, norm_bias, kernel1, bias1, kernel2, bias2 = weights
     normed = gather_norm_kernel.launch(norm_statics, x, norm_scale, norm_bias, rows=rows)
     gelu = matmul_kernel.Statics("gelu", config1, num_rows, interpret)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import Implementation, resolve
+from pallas_kernels.relative_position import relative_position, xla_relative_position
 from pallas_kernels.stripe_kernel import Config, Operands, Statics, launch
 from pallas_kernels.tile_position import supports_tiles, tile_position
 from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, find_tiling, step_table
@@ -25,6 +26,7 @@ from pallas_kernels.tuning import tuned
 
 Sequence = Array | np.ndarray  # static where it is a numpy array
 TileBias = Callable[[Array, Array, Array, Tiling], tuple[Array, Array]]
+MapBias = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
 class _Prepared(NamedTuple):
@@ -105,6 +107,7 @@ def _prepare(
     sequence: Sequence | None,
     layout: BlockLayout,
     tile_bias: TileBias = _xla_tile_bias,
+    map_bias: MapBias = xla_relative_position,
 ) -> _Prepared:
     grid = (qkv.shape[1], qkv.shape[2])
     found = _tiles(grid, sequence, layout)
@@ -113,7 +116,7 @@ def _prepare(
         return _prepare_tiles(qkv, rel_pos_h, rel_pos_w, tiling, tile_of_block, tile_bias)
     if sequence is None or layout.is_dense:
         sequence = np.arange(layout.seq_len, dtype=np.int32)
-    return _prepare_sequence(qkv, rel_pos_h, rel_pos_w, sequence)
+    return _prepare_sequence(qkv, rel_pos_h, rel_pos_w, sequence, map_bias)
 
 
 def _prepare_tiles(
@@ -133,9 +136,9 @@ def _prepare_tiles(
 
 
 def _prepare_sequence(
-    qkv: Array, rel_pos_h: Array, rel_pos_w: Array, sequence: Sequence
+    qkv: Array, rel_pos_h: Array, rel_pos_w: Array, sequence: Sequence, map_bias: MapBias
 ) -> _Prepared:
-    batch, height, width, _, heads, head_dim = qkv.shape
+    batch, height, width, _, heads, _ = qkv.shape
     seq_len = height * width
     tiling = Tiling(seq_len // SIDE, SIDE, 1)
 
@@ -143,10 +146,7 @@ def _prepare_sequence(
         x = permute(x.reshape(batch, seq_len, heads, -1), sequence)
         return x.reshape(batch, -1, SIDE, heads, x.shape[-1])
 
-    tables = (_whole_chunks(rel_pos_h), _whole_chunks(rel_pos_w))
-    rel = reference.relative_position(qkv[:, :, :, 0], *tables)
-    root = math.sqrt(head_dim)  # in the units of q . k, which the softmax scales
-    rel_h, rel_w = ((x * root).astype(qkv.dtype) for x in rel)
+    rel_h, rel_w = map_bias(qkv, _whole_chunks(rel_pos_h), _whole_chunks(rel_pos_w))
     labels = jnp.stack([sequence // width, sequence % width + rel_h.shape[-1]])
     coordinates = jnp.arange(rel_h.shape[-1] + rel_w.shape[-1]).reshape(-1, 1, CHUNK)
     labels = labels.reshape(2, -1, 1, seq_len, 1)
@@ -166,9 +166,8 @@ def permute(x: Float[Array, "B N H C"], sequence: Sequence) -> Float[Array, "B N
     """The tokens of x in the order of a sequence [N], [B, N] or [B, H, N]."""
     if isinstance(sequence, np.ndarray) and sequence.ndim == 1:
         return x[:, sequence]
-    if sequence.ndim == 2:
-        return jnp.take_along_axis(x, sequence[:, :, None, None], axis=1)
-    return jnp.take_along_axis(x, sequence.swapaxes(1, 2)[..., None], axis=1)
+    index = sequence[:, :, None, None] if sequence.ndim == 2 else sequence.swapaxes(1, 2)[..., None]
+    return jnp.take_along_axis(x, index, axis=1, mode="clip")  # XLA would fill what is outside
 
 
 def _inverse(sequence: Sequence) -> Sequence:
@@ -302,8 +301,10 @@ def mosaic_stripe_attention(
     interpret: Any = False,
 ) -> Array:
     """The kernel on checked arguments; `config` and `interpret` are for tests and tuning."""
-    tile_bias = functools.partial(_mosaic_tile_bias, interpret=interpret)
-    prepared = _prepare(qkv, rel_pos_h, rel_pos_w, sequence, layout, tile_bias)
+    biases = (
+        functools.partial(f, interpret=interpret) for f in (_mosaic_tile_bias, relative_position)
+    )
+    prepared = _prepare(qkv, rel_pos_h, rel_pos_w, sequence, layout, *biases)
     batch, height, width, _, heads, head_dim = qkv.shape
     streamed = prepared.sequence is not None
     config = config or fitting_config((height, width), head_dim, tiles=not streamed)

@@ -26,13 +26,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.boxes import as_box, buffer, map_boxes, split_head_dim
 from pallas_kernels.implementation import no_gradient
-from pallas_kernels.relative_position import own_columns
+from pallas_kernels.relative_position import SMEM_BYTES, own_columns
 from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, div_rem
 
 WARPGROUPS = 2
 NUM_STAGES = 2  # tiles of q in shared memory at a time, for each warpgroup
 NUM_PROGRAMS = 132  # one for each multiprocessor of an H100 or H200 (SXM)
-SMEM_BYTES = 232448 - 2048  # of one program on Hopper, less what its barriers take
 
 
 class Statics(NamedTuple):

@@ -6,7 +6,6 @@ The public function, which runs as plain XLA (`reference`) or as the Mosaic GPU 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import Implementation, resolve
-from pallas_kernels.relative_position import relative_position, supports
+from pallas_kernels.relative_position import relative_position
 from pallas_kernels.tuning import tuned
 from pallas_kernels.window_kernel import REL, SMEM_BYTES, Config, Geometry, Statics, launch
 
@@ -59,13 +58,8 @@ def mosaic_window_attention(
     geometry = Geometry.of(window_size, head_dim)
     one_hot = jnp.asarray(_one_hots(window_size, geometry.num_keys), qkv.dtype)
     # Whole boxes for the TMA, which begins them at multiples of 16 bytes.
-    tables = (jnp.pad(x, ((0, 0), (0, REL - window_size), (0, 0))) for x in (rel_pos_h, rel_pos_w))
-    if supports((height, width), head_dim, qkv.dtype):
-        rel = relative_position(qkv, *tables, interpret=interpret)
-    else:
-        rel = reference.relative_position(qkv[:, :, :, 0], *tables)
-        root = math.sqrt(head_dim)  # in the units of q . k, which the softmax scales
-        rel = tuple((x * root).astype(qkv.dtype) for x in rel)
+    tables = (jnp.pad(x, ((0, 0), (0, REL - x.shape[1]), (0, 0))) for x in (rel_pos_h, rel_pos_w))
+    rel = relative_position(qkv, *tables, interpret=interpret)
     if layout is None or layout.is_dense:
         sparse, keep = False, np.zeros((1, 1, 1, 256), np.float32)
     else:
@@ -87,7 +81,8 @@ def _check(
         raise ValueError(f"qkv must have shape [B, Gh, Gw, 3, H, D], got {qkv.shape}")
     batch, height, width, _, num_heads, head_dim = qkv.shape
     for name, x, side in zip(("rel_pos_h", "rel_pos_w"), rel_pos, (height, width), strict=True):
-        if x.shape != (side, w, head_dim) or x.dtype != qkv.dtype:
+        shapes = [(side, columns, head_dim) for columns in (w, max(w, REL))]
+        if x.shape not in shapes or x.dtype != qkv.dtype:
             expected = f"shape {(side, w, head_dim)} and dtype {qkv.dtype}"
             raise ValueError(f"{name} must have {expected}, got {x.shape} and {x.dtype}")
     if layout is None or layout.is_dense:
@@ -136,7 +131,7 @@ def window_attention(
     Args:
         qkv: Queries, keys and values of any map of Gh x Gw tokens in raster order.
         rel_pos_h: What every query row of the map adds for every key row of its window, dtype of
-            qkv.
+            qkv. Padded to 16 key rows by zeros, it spares the kernel a copy.
         rel_pos_w: The same for columns.
         window_size: Side w of a window; the kernel takes 7 to 16.
         layout: `BlockLayout.bar(w * w, density)`: only the first `layout.bar_len` tokens of `order`
@@ -170,6 +165,7 @@ def _xla_window_attention(
     order: Any,
 ) -> Array:
     q, k, v = (qkv[:, :, :, i] for i in range(3))
-    rel = reference.relative_position(q, rel_pos_h, rel_pos_w)
+    tables = (x[:, :window_size] for x in (rel_pos_h, rel_pos_w))
+    rel = reference.relative_position(q, *tables)
     options = {"window_size": window_size, "layout": layout, "order": order}
     return reference.window_attention(q, k, v, *rel, **options)

@@ -12,14 +12,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementation import Implementation
+from pallas_kernels.layer_norm import layer_norm
 from pallas_kernels.mlp_weights import MLPWeights
 from pallas_kernels.projection import projection
 from pallas_kernels.reference import matmul_precision
 from pallas_kernels.routed_mlp import mlp, routed_mlp
 from pallas_kernels.stripe_attention import stripe_attention
 from pallas_kernels.window_attention import window_attention
+from pallas_kernels.window_kernel import REL
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.layers import FLOAT32, DTypes, MLPBlock, conv, gelu, layer_norm, linear
+from sparsesam_jax.layers import FLOAT32, DTypes, MLPBlock, conv, gelu, linear, norm
 from sparsesam_jax.plan import Plan, check_sparsity
 
 _LAYER_NORM_EPSILON = 1e-6
@@ -31,7 +33,8 @@ class AttentionTables(NamedTuple):
     Attributes:
         qkv_bias: The projection's bias of the queries; keys and values have none.
         proj_bias: The output's bias and, passed through the output's kernel, that of the values.
-        rel_pos_h: What every query row adds for every key row of the grid or window.
+        rel_pos_h: What every query row adds for every key row of the grid, or of the window, which
+            is padded as `window_attention` likes it.
         rel_pos_w: The same for columns.
     """
 
@@ -82,7 +85,7 @@ class ImageEncoder(nnx.Module):
         self.neck = nnx.List(
             [
                 conv(d, config.out_chans, 1, use_bias=False, dtypes=dtypes, rngs=rngs),
-                layer_norm(config.out_chans, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs),
+                norm(config.out_chans, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs),
                 conv(
                     config.out_chans,
                     config.out_chans,
@@ -91,7 +94,7 @@ class ImageEncoder(nnx.Module):
                     dtypes=dtypes,
                     rngs=rngs,
                 ),
-                layer_norm(config.out_chans, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs),
+                norm(config.out_chans, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs),
             ]
         )
         self.set_sparsity(sparsity)
@@ -198,20 +201,21 @@ class Block(nnx.Module):
     def __init__(self, config: ImageEncoderConfig, index: int, *, dtypes: DTypes, rngs: nnx.Rngs):
         d = config.embed_dim
         self.index = index
-        self.norm1 = layer_norm(d, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs)
+        self.norm1 = norm(d, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs)
         self.attn = Attention(config, index, dtypes=dtypes, rngs=rngs)
-        self.norm2 = layer_norm(d, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs)
+        self.norm2 = norm(d, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs)
         self.mlp = MLPBlock(d, config.mlp_dim, activation=gelu, dtypes=dtypes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B Gh Gw d"], plan: Plan) -> Array:
         """Apply the block; the first of its kind also ranks the tokens into `plan`."""
-        x = self.attn.project(self.attn.attend(self.norm1(x), x, plan), plan, residual=x)
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-        routed = plan.routed_tokens(self.index)
         options: dict[str, Any] = {
             "epsilon": _LAYER_NORM_EPSILON,
             "implementation": plan.implementation,
         }
+        normed = layer_norm(x, *_arrays(x.dtype, self.norm1.scale, self.norm1.bias), **options)
+        x = self.attn.project(self.attn.attend(normed, x, plan), plan, residual=x)
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        routed = plan.routed_tokens(self.index)
         if routed is None:
             tokens = mlp(tokens, self._mlp_weights(x.dtype), **options)
         else:
@@ -221,8 +225,12 @@ class Block(nnx.Module):
     def _mlp_weights(self, dtype: jnp.dtype) -> MLPWeights:
         lin1, lin2 = self.mlp.lin1, self.mlp.lin2
         norm = (self.norm2.scale, self.norm2.bias)
-        arrays = (*norm, lin1.kernel, lin1.bias, lin2.kernel, lin2.bias)
-        return MLPWeights(*(array[...].astype(dtype) for array in arrays if array is not None))
+        return MLPWeights(*_arrays(dtype, *norm, lin1.kernel, lin1.bias, lin2.kernel, lin2.bias))
+
+
+def _arrays(dtype: jnp.dtype, *params: nnx.Param[Array] | None) -> list[Array]:
+    """Parameters that there are, in one dtype."""
+    return [param[...].astype(dtype) for param in params if param is not None]
 
 
 class Attention(nnx.Module):
@@ -315,10 +323,16 @@ class Attention(nnx.Module):
             jnp.where(np.arange(3 * d) < d, qkv_bias, 0),
             proj_bias + jnp.matmul(qkv_bias[2 * d :], kernel, **options),
             *(
-                relative_table(table[...], side, self.window_size).astype(dtype)
+                self._table(table[...], side).astype(dtype)
                 for table, side in zip((self.rel_pos_h, self.rel_pos_w), grid, strict=True)
             ),
         )
+
+    def _table(self, rel_pos: Array, side: int) -> Array:
+        table = relative_table(rel_pos, side, self.window_size)
+        if self.window_size is None:
+            return table
+        return jnp.pad(table, ((0, 0), (0, max(0, REL - self.window_size)), (0, 0)))
 
     def _tables(self, plan: Plan) -> AttentionTables:
         return plan.tables[self.index] if plan.tables else self.tables(plan.grid)

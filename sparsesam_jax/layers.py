@@ -90,7 +90,7 @@ def conv(
     )
 
 
-def layer_norm(features: int, epsilon: float, *, dtypes: DTypes, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def norm(features: int, epsilon: float, *, dtypes: DTypes, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm over the last axis, float32 inside; on `B H W C` this is SAM's LayerNorm2d."""
     return nnx.LayerNorm(
         features,

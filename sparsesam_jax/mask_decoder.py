@@ -18,8 +18,8 @@ from sparsesam_jax.layers import (
     conv,
     embedding,
     gelu,
-    layer_norm,
     linear,
+    norm,
 )
 
 # Meta's transformer takes torch's default epsilon, its LayerNorm2d 1e-6.
@@ -63,7 +63,7 @@ class MaskDecoder(nnx.Module):
             self.embedding_maskfeature = nnx.List(
                 [
                     conv(channels // 8, channels // 4, 3, **options),
-                    layer_norm(channels // 4, _LAYER_NORM_2D_EPSILON, **options),
+                    norm(channels // 4, _LAYER_NORM_2D_EPSILON, **options),
                     gelu,
                     conv(channels // 4, channels // 8, 3, **options),
                 ]
@@ -165,7 +165,7 @@ class TwoWayTransformer(nnx.Module):
             dtypes=dtypes,
             rngs=rngs,
         )
-        self.norm_final_attn = layer_norm(channels, _TRANSFORMER_EPSILON, dtypes=dtypes, rngs=rngs)
+        self.norm_final_attn = norm(channels, _TRANSFORMER_EPSILON, dtypes=dtypes, rngs=rngs)
 
     def __call__(
         self,
@@ -196,10 +196,10 @@ class TwoWayAttentionBlock(nnx.Module):
         self.mlp = MLPBlock(
             channels, config.decoder_mlp_dim, activation=jax.nn.relu, dtypes=dtypes, rngs=rngs
         )
-        self.norm1 = layer_norm(channels, _TRANSFORMER_EPSILON, **options)
-        self.norm2 = layer_norm(channels, _TRANSFORMER_EPSILON, **options)
-        self.norm3 = layer_norm(channels, _TRANSFORMER_EPSILON, **options)
-        self.norm4 = layer_norm(channels, _TRANSFORMER_EPSILON, **options)
+        self.norm1 = norm(channels, _TRANSFORMER_EPSILON, **options)
+        self.norm2 = norm(channels, _TRANSFORMER_EPSILON, **options)
+        self.norm3 = norm(channels, _TRANSFORMER_EPSILON, **options)
+        self.norm4 = norm(channels, _TRANSFORMER_EPSILON, **options)
 
     def __call__(
         self,
@@ -269,7 +269,7 @@ def _upscaling(
     """Two transposed convolutions, four times the resolution."""
     return [
         ConvTranspose2x2(inputs, hidden, dtypes=dtypes, rngs=rngs),
-        layer_norm(hidden, _LAYER_NORM_2D_EPSILON, dtypes=dtypes, rngs=rngs),
+        norm(hidden, _LAYER_NORM_2D_EPSILON, dtypes=dtypes, rngs=rngs),
         gelu,
         ConvTranspose2x2(hidden, outputs, dtypes=dtypes, rngs=rngs),
     ]

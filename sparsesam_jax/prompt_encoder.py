@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsesam_jax.config import SamConfig
-from sparsesam_jax.layers import DTypes, conv, embedding, gelu, layer_norm
+from sparsesam_jax.layers import DTypes, conv, embedding, gelu, norm
 
 # Labels of points. The first three are SAM's; corners are points too, as in SAM's ONNX export.
 ABSENT = -2  # fills a prompt up to a common length; masked out of every attention
@@ -39,10 +39,10 @@ class PromptEncoder(nnx.Module):
         self.mask_downscaling = nnx.List(
             [
                 conv(1, hidden // 4, 2, stride=2, **options),
-                layer_norm(hidden // 4, _LAYER_NORM_EPSILON, **options),
+                norm(hidden // 4, _LAYER_NORM_EPSILON, **options),
                 gelu,
                 conv(hidden // 4, hidden, 2, stride=2, **options),
-                layer_norm(hidden, _LAYER_NORM_EPSILON, **options),
+                norm(hidden, _LAYER_NORM_EPSILON, **options),
                 gelu,
                 conv(hidden, channels, 1, **options),
             ]

@@ -57,6 +57,12 @@ def scaling(axes: list[str], batch: int, ms: float) -> dict[str, Any]:
     return encoder("mosaic_gpu", 1.0, ms) | fields | {"sparsity": None, "sparse": None}
 
 
+def end_to_end(implementation: str, prompts: int, ms: float, **fields: Any) -> dict[str, Any]:
+    parts = {"preprocess": 1.0, "encoder": 2.0, "decoder": 3.0, "upscale": 4.0}
+    own = {"suite": "end-to-end", "batch": 1, "prompts": prompts, "parts_ms": parts}
+    return encoder(implementation, 1.0, ms) | own | {"median_ms": ms, **fields}
+
+
 RECORDS = [
     encoder("xla", 1.0, 18.0),
     encoder("mosaic_gpu", 1.0, 9.0),
@@ -70,6 +76,8 @@ RECORDS = [
     ),
     encoder("compile", 1.0, 9.5, peer="torch", what="torch.compile"),
     encoder("eager", 1.0, 0.0, peer="torch", median_ms=None, not_run="no package"),
+    end_to_end("mosaic_gpu", 1, 20.0),
+    end_to_end("transformers-compile", 1, 30.0, peer="transformers", what="SamModel"),
     scaling(["batch"], 1, 1.0),
     scaling(["batch", "density"], 8, 8.0),
 ]
@@ -113,13 +121,17 @@ def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     names = ("encoder", "decomposition", "roofline", "scaling")
     assert set(written[0]) == {"benchmarks.md", *(f"benchmarks_{name}.svg" for name in names)}
     text = written[0]["benchmarks.md"].decode()
-    assert "Not run: kernels, ceilings, end-to-end, cpu." in text
+    assert "Not run: kernels, ceilings, cpu." in text
     assert "A GPU, driver 1.2, jax 0.11.2, torch 2.11, commit 0123456;" in text
     assert "| vit_l | 8 | 0.3 | 18.00 | 9.00 (2.00 x) | 4.50 (2.00 x) | 3.00 (1.50 x) |" in text
     compiled = "| PyTorch compile | 9.50 | 9.38 to 9.62 | 8.55 | 1000 | 500 | 50%"
     assert f"| vit_l | 8 | dense {compiled}" in text
     assert "| no package | encoder vit_l B8 dense eager |" in text
     assert "| batch | vit_l | mosaic_gpu | 1 | 1, 8 | 1.00 | 1.00 | 1.00 | 1.00 |" in text
+    assert "What PyTorch's peers run: *transformers-compile*: SamModel." in text
+    ours, theirs = (line for line in text.splitlines() if line.endswith("4.0 | 1.0e-02 |"))
+    assert ours.startswith("| vit_l | dense | mosaic_gpu | 1 | 20.0 |")
+    assert theirs.startswith("| vit_l | dense | transformers-compile | 1 | 30.0 |")
     parts = "| vit_l | 8 | 0.3 | mosaic_gpu | 0.000 | 0.000 | 0.250 | 2.000 | 0.500 | 1.500 | 0.125"
     assert parts in text
 

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from test_benchmarks import KEYS, start
 from typer.testing import CliRunner
 
 from benchmarks import (
     encoder,
     encoder_torch,
+    end_to_end,
+    end_to_end_torch,
     growth,
     kernels,
     kernels_torch,
@@ -30,10 +33,11 @@ from benchmarks import (
 )
 from benchmarks.__main__ import app
 from benchmarks.encoder_jax import build as build_ours
+from benchmarks.encoder_jax import random_state
 from benchmarks.kernel_cases import Case
 from benchmarks.pool import Job, relative_error
 from benchmarks.process import NotRunError
-from sparsesam_jax import Sparsity
+from sparsesam_jax import Sam, SamPredictor, Sparsity
 from sparsesam_jax.config import PRESETS
 
 NEEDED = KEYS - {"threads", "compile_s"} | {"driver", "clocks", "time"}
@@ -77,9 +81,12 @@ def test_quick_measures_every_suite(quick: tuple[list[dict[str, Any]], str]) -> 
     assert {(r["op"], r["peer"]) for r in timed if r["suite"] == "kernels"} == {
         (op, peer) for op in ("stripe", "window", "mlp") for peer in ("sparsesam_jax", "torch")
     }
-    end_to_end = [r for r in timed if r["suite"] == "end-to-end"]
-    assert [r["prompts"] for r in end_to_end] == [1, 10]
-    assert set(end_to_end[0]["parts_ms"]) == {"preprocess", "encoder", "decoder", "upscale"}
+    whole = [r for r in timed if r["suite"] == "end-to-end"]
+    assert {(r["peer"], r["prompts"]) for r in whole} == {
+        (peer, prompts) for peer in ("sparsesam_jax", "transformers") for prompts in (1, 10)
+    }
+    for record in whole:
+        assert list(record["parts_ms"]) == ["preprocess", "encoder", "decoder", "upscale"]
 
 
 def test_quick_names_what_cannot_run(quick: tuple[list[dict[str, Any]], str]) -> None:
@@ -99,7 +106,10 @@ def test_quick_names_what_cannot_run(quick: tuple[list[dict[str, Any]], str]) ->
         (("encoder", "--density", "0"), "density must lie in (0, 1], got 0.0"),
         (("kernels", "--op", "conv"), "op must be one of stripe, window, mlp; got 'conv'"),
         (("scaling", "--axis", "depth"), "axis must be one of batch"),
-        (("end-to-end", "--implementation", "torch"), "implementation must be xla or"),
+        (
+            ("end-to-end", "--implementation", "torch"),
+            "implementation must be one of mosaic_gpu, xla, ",
+        ),
     ],
 )
 def test_names_wrong_input(arguments: tuple[str, ...], message: str) -> None:
@@ -149,6 +159,34 @@ def test_torch_peer_compiles_as_one_graph() -> None:
     with torch.inference_mode():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         assert torch.equal(compiled(pixels), model(pixels))
+
+
+def test_transformers_predicts_our_masks() -> None:
+    model = shapes.QUICK_MODEL
+    size = end_to_end.image_size(model)
+    image, points = shapes.random_image(*size), shapes.diagonal_points(2, *size)
+    config = shapes.model_config(model)
+    ours = SamPredictor(nnx.merge(*random_state(Sam.abstract(config), config, "float32")))
+    ours.set_image(image)
+    masks, *scores = ours.predict(points, np.ones(points.shape[:2], np.int32))
+    their_masks, *their_scores = end_to_end_torch.Predictor(
+        model, "transformers", "float32"
+    ).predict(image, points)
+    assert their_masks.shape == masks.shape and their_masks.dtype == masks.dtype
+    # Where torchvision resizes the image, some pixels are a level off.
+    assert (their_masks & masks).sum() > 0.999 * (their_masks | masks).sum()
+    for got, want in zip(their_scores, scores, strict=True):
+        assert relative_error(got, want) < 2e-3
+
+
+def test_transformers_runs_dense_only_and_compiled_on_a_gpu_only() -> None:
+    densities = (1.0, 0.5, 0.3)
+    jobs = end_to_end.jobs(end_to_end.Options(densities=densities))
+    for name in end_to_end.IMPLEMENTATIONS:
+        found = [job.known["density"] for job in jobs if job.known.get("implementation") == name]
+        assert found == list(densities if name in end_to_end.OURS else densities[:1])
+    with pytest.raises(NotRunError, match=r"torch\.compile is measured on a GPU"):
+        end_to_end_torch.build("quick", "transformers-compile", "float32", runs=1)
 
 
 def _toy(name: str, scale: float, **fields: Any) -> Job:
@@ -242,7 +280,7 @@ def test_every_case_of_the_full_suites_can_be_named() -> None:
     names = {job.name for job in jobs}
     assert all(job.reference in names for job in jobs if job.reference)
     assert len({job.label for job in jobs}) == len(jobs)
-    for suite in (kernels, scaling):
+    for suite in (end_to_end, kernels, scaling):
         jobs = suite.jobs(suite.Options(models=models))
         names = {job.name for job in jobs}
         assert all(job.reference in names for job in jobs if job.reference)

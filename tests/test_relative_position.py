@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import reference
 from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
-from pallas_kernels.relative_position import relative_position, supports
+from pallas_kernels.relative_position import fitting_config, relative_position, supports
 from sparsesam_jax.config import PRESETS
 
 needs_mosaic = pytest.mark.skipif(
@@ -20,10 +20,12 @@ needs_mosaic = pytest.mark.skipif(
 )
 
 
-def make_inputs(shape: tuple[int, ...], dtype: str, seed: int = 0) -> list[jax.Array]:
-    """qkv, rel_pos_h and rel_pos_w for `shape` = [B, Gh, Gw, 3, H, D]."""
+def make_inputs(
+    shape: tuple[int, ...], num_keys: tuple[int, int], dtype: str, seed: int = 0
+) -> list[jax.Array]:
+    """qkv, rel_pos_h and rel_pos_w for `shape` = [B, Gh, Gw, 3, H, D] and `num_keys` = (Sh, Sw)."""
     keys = jax.random.split(jax.random.key(seed), 3)
-    tables = [(side, 16, shape[-1]) for side in shape[1:3]]
+    tables = [(*side, shape[-1]) for side in zip(shape[1:3], num_keys, strict=True)]
     return [jax.random.normal(key, s, dtype) for key, s in zip(keys, (shape, *tables), strict=True)]
 
 
@@ -35,20 +37,28 @@ def exact(qkv: jax.Array, *tables: jax.Array) -> list[np.ndarray]:
 
 @needs_mosaic
 @pytest.mark.parametrize(
-    ("shape", "dtype", "num_programs"),
+    ("shape", "num_keys", "dtype", "num_programs"),
     [
-        ((2, 8, 16, 3, 3, 64), "bfloat16", 2),  # six tiles a program: its stages are used again
-        ((1, 16, 24, 3, 2, 80), "float16", 12),
-        ((3, 8, 8, 3, 1, 64), "float16", 2),  # one program has two tiles, the other one
+        ((4, 4, 8, 3, 8, 64), (16, 16), "bfloat16", 2),  # eight tiles a program: stages used again
+        ((2, 8, 16, 3, 3, 64), (16, 16), "bfloat16", 2),  # tiles of 8 x 8 tokens of one head
+        ((1, 8, 12, 3, 4, 80), (16, 16), "float16", 12),
+        ((3, 4, 4, 3, 4, 64), (16, 16), "float16", 2),  # one program has two tiles, the other one
+        ((3, 4, 4, 3, 8, 64), (64, 64), "bfloat16", 1),  # chunks of 64: six tiles in four stages
+        ((1, 4, 8, 3, 12, 80), (64, 64), "float16", 2),  # of 32: three tiles in two stages
+        ((2, 8, 4, 3, 4, 80), (48, 32), "bfloat16", 2),  # of 16: four at a time and one left
+        ((2, 4, 4, 3, 4, 64), (32, 96), "float16", 1),
+        ((1, 4, 4, 3, 4, 80), (128, 128), "bfloat16", 1),
+        ((1, 8, 8, 3, 2, 80), (64, 48), "float16", 1),
     ],
 )
-def test_interpreted(shape, dtype, num_programs):
-    arrays = make_inputs(shape, dtype)
+def test_interpreted(shape, num_keys, dtype, num_programs):
+    arrays = make_inputs(shape, num_keys, dtype)
+    assert supports(shape, num_keys, arrays[0].dtype)
     out = relative_position(
         *arrays, num_programs=num_programs, interpret=plgpu.InterpretGPUParams()
     )
     for got, want in zip(out, exact(*arrays), strict=True):
-        assert got.dtype == dtype
+        assert got.shape == want.shape and got.dtype == dtype
         # Rounded once to dtype: half a unit of the last place, but for float32's own rounding.
         unit = float(jnp.finfo(dtype).eps)
         np.testing.assert_allclose(
@@ -58,51 +68,101 @@ def test_interpreted(shape, dtype, num_programs):
 
 @needs_mosaic
 @pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("keys", ["window", "map"])
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_lowers_for_presets(preset, batch):
+def test_lowers_for_presets(preset, keys, batch):
     config = PRESETS[preset].image_encoder
     side, head_dim = config.grid_size, config.head_dim
-    assert supports((side, side), head_dim, jnp.bfloat16)
-    table = jax.ShapeDtypeStruct((side, 16, head_dim), jnp.bfloat16)
-    qkv = jax.ShapeDtypeStruct((batch, side, side, 3, config.num_heads, head_dim), jnp.bfloat16)
-    traced = jax.jit(relative_position).trace(qkv, table, table)
+    shape, num_keys = (batch, side, side, 3, config.num_heads, head_dim), (side, side)
+    if keys == "window":
+        num_keys = (16, 16)
+    arrays = jax.eval_shape(lambda: make_inputs(shape, num_keys, "bfloat16"))
+    traced = jax.jit(relative_position).trace(*arrays)
     assert "mosaic_gpu_v2" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(("num_keys", "head_dim"), [((14, 14), 64), ((20, 16), 72)])
+def test_xla_runs_what_the_kernel_does_not_take(num_keys, head_dim):
+    arrays = make_inputs((1, 6, 5, 3, 3, head_dim), num_keys, "bfloat16")
+    for got, want in zip(relative_position(*arrays), exact(*arrays), strict=True):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=4e-3, atol=1e-4)
 
 
 @needs_mosaic
 def test_differentiating_names_the_xla_path():
-    arrays = make_inputs((1, 8, 8, 3, 1, 64), "bfloat16")
+    arrays = make_inputs((1, 4, 4, 3, 4, 64), (16, 16), "bfloat16")
     with pytest.raises(NotImplementedError, match='implementation="xla"'):
         jax.grad(lambda qkv: relative_position(qkv, *arrays[1:])[0].sum())(arrays[0])
 
 
 @pytest.mark.parametrize(
-    ("grid", "head_dim", "dtype", "expected"),
+    ("change", "expected"),
     [
-        ((64, 64), 64, "bfloat16", True),
-        ((8, 24), 80, "float16", True),
-        ((64, 60), 64, "bfloat16", False),
-        ((15, 16), 64, "bfloat16", False),
-        ((64, 64), 72, "bfloat16", False),
-        ((64, 64), 144, "bfloat16", False),
-        ((64, 64), 64, "float32", False),
+        (dict(), True),
+        (dict(grid=(8, 60), heads=12, head_dim=80, dtype="float16"), True),
+        (dict(grid=(62, 64)), False),
+        (dict(grid=(64, 63)), False),
+        (dict(heads=3), True),
+        (dict(grid=(64, 60), heads=6), False),
+        (dict(head_dim=72), False),
+        (dict(head_dim=144), False),
+        (dict(dtype="float32"), False),
+        (dict(num_keys=(64, 64)), True),
+        (dict(num_keys=(64, 64), head_dim=128), True),
+        (dict(num_keys=(64, 64), heads=3, head_dim=80), True),
+        (dict(num_keys=(64, 64), heads=3, head_dim=128), False),
+        (dict(num_keys=(48, 128), head_dim=80), True),
+        (dict(num_keys=(128, 128), head_dim=80), True),
+        (dict(num_keys=(128, 128), head_dim=128), False),
+        (dict(num_keys=(64, 60)), False),
+        (dict(num_keys=(14, 16)), False),
     ],
+    ids=str,
 )
-def test_supports(grid, head_dim, dtype, expected):
-    assert supports(grid, head_dim, jnp.dtype(dtype)) is expected
+def test_supports(change, expected):
+    case = dict(grid=(64, 64), heads=16, head_dim=64, num_keys=(16, 16), dtype="bfloat16") | change
+    shape = (8, *case["grid"], 3, case["heads"], case["head_dim"])
+    assert supports(shape, case["num_keys"], jnp.dtype(case["dtype"])) is expected
+
+
+@pytest.mark.parametrize("num_keys", [(16, 16), (64, 64)])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_two_programs_share_a_multiprocessor(head_dim, num_keys):
+    config = fitting_config(16, head_dim, num_keys)
+    assert config is not None
+    tables, outputs = 4 * sum(num_keys) * head_dim, 2 * 64 * config.num_chunks * config.width
+    program = 2 * (tables + 64 * config.num_stages * head_dim + outputs)
+    # 228 KiB, less what the system keeps of every program, and some for barriers.
+    assert 2 * (program + 1024 + 256) <= 228 * 1024
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    ("batch", "grid", "heads", "head_dim"),
-    [(8, (64, 64), 16, 64), (1, (64, 64), 16, 80), (2, (16, 24), 3, 64), (1, (128, 96), 12, 80)],
+    ("shape", "num_keys"),
+    [
+        ((8, 64, 64, 3, 16, 64), (16, 16)),
+        ((1, 64, 64, 3, 16, 80), (16, 16)),
+        ((2, 16, 24, 3, 4, 64), (16, 16)),
+        ((1, 128, 96, 3, 12, 80), (16, 16)),
+        ((8, 64, 64, 3, 16, 64), (64, 64)),
+        ((8, 64, 64, 3, 12, 64), (64, 64)),
+        ((2, 64, 64, 3, 16, 80), (64, 64)),
+        ((8, 64, 64, 3, 3, 64), (16, 16)),
+        ((8, 64, 64, 3, 3, 64), (64, 64)),
+        ((1, 40, 24, 3, 8, 64), (48, 32)),
+        ((1, 64, 32, 3, 4, 128), (64, 32)),
+        ((1, 128, 128, 3, 4, 80), (128, 128)),
+    ],
+    ids=str,
 )
-def test_on_gpu(batch, grid, heads, head_dim, dtype):
-    seed = int(np.random.default_rng().integers(2**31))
-    arrays = make_inputs((batch, *grid, 3, heads, head_dim), dtype, seed)
+def test_on_gpu(shape, num_keys, dtype):
+    arrays = make_inputs(shape, num_keys, dtype, seed=sum(shape))
     first = relative_position(*arrays)
-    for got, want in zip(first, exact(*arrays), strict=True):
+    with jax.default_matmul_precision("highest"):
+        wanted = exact(*arrays)
+    for got, want in zip(first, wanted, strict=True):
         error = np.linalg.norm(np.asarray(got, np.float32) - want) / np.linalg.norm(want)
         assert error < 3e-3  # bfloat16 rounds by up to 2^-9, averaged
     for _ in range(20):

@@ -69,7 +69,7 @@ INTERPRETED = {
         Case(batch=2, side=16, num_heads=1, density=0.5, order="groups"),
         H200.sequences[0],
     ),
-    "groups by head": (Case(batch=1, side=16, num_heads=2, density=0.5, order="heads"), TWO),
+    "groups by head": (Case(batch=1, side=16, num_heads=4, density=0.5, order="heads"), TWO),
     "dense": (Case(batch=1, side=24, num_heads=1), H200.tiles[0]),
     "static sequence": (Case(batch=1, side=24, num_heads=1, density=0.3), H200.sequences[1]),
 }

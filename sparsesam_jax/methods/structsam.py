@@ -38,9 +38,7 @@ class StructSam(TokenMerging):
     def match(self, features: Float[Array, "*batch N C"], grid: Grid) -> Merged:
         """Match every cell's other tokens to the flattest tokens."""
         batch, tokens = features.shape[:-2], features.shape[-2]
-        energy = sobel_magnitude(features.astype(jnp.float32).reshape(*batch, *grid, -1)).reshape(
-            *batch, tokens
-        )
+        energy = sobel_magnitude(features.reshape(*batch, *grid, -1)).reshape(*batch, tokens)
         cells = _cells(grid)
         members = jnp.where(cells >= 0, energy[..., cells], jnp.inf)
         place = np.empty((2, tokens), int)  # cell of a token, and which of its four it is

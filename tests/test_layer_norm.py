@@ -1,0 +1,98 @@
+"""LayerNorm: the kernel interpreted and cross-lowered, and its XLA twin."""
+
+from __future__ import annotations
+
+import os
+
+# The interpreter runs every warpgroup on a thread of XLA's pool, whose size is read at start-up.
+os.environ.setdefault("NPROC", "16")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
+from pallas_kernels.layer_norm import layer_norm, mosaic_layer_norm
+from sparsesam_jax.config import PRESETS
+
+needs_mosaic = pytest.mark.skipif(
+    not JAX_SUPPORTS_MOSAIC_GPU, reason="Mosaic GPU needs jax >= 0.11; the error is tested below"
+)
+
+
+def inputs(rows: tuple[int, ...], d: int, dtype: str) -> list[jax.Array]:
+    """x, far from centred, scale and bias."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((*rows, d), (d,), (d,))
+    x, scale, bias = (jax.random.normal(*z) for z in zip(keys, shapes, strict=True))
+    return [array.astype(dtype) for array in (3 * x + 5, scale, bias)]
+
+
+def check(out, x, scale, bias):
+    """Rounded once: half a unit of the last place, and what float32 is off by."""
+    assert out.dtype == x.dtype
+    want = [np.asarray(array, np.float64) for array in (x, scale, bias)]
+    centred = want[0] - want[0].mean(-1, keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    got, half_unit = np.asarray(out, np.float64), float(jnp.finfo(x.dtype).eps) / 2
+    np.testing.assert_allclose(got, normed * want[1] + want[2], rtol=1.01 * half_unit, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_xla(dtype):
+    arrays = inputs((2, 3, 5), 24, dtype)
+    check(layer_norm(*arrays, implementation="xla"), *arrays)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("rows", "d", "dtype"),
+    [((2, 4, 8), 192, "bfloat16"), ((1, 3, 7), 64, "float16"), ((16,), 1280, "bfloat16")],
+)
+def test_interpreted_kernel(rows, d, dtype):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    arrays = inputs(rows, d, dtype)
+    check(mosaic_layer_norm(*arrays, interpret=plgpu.InterpretGPUParams()), *arrays)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_lowers_for_every_preset(preset, batch):
+    encoder = PRESETS[preset].image_encoder
+    side, d = encoder.grid_size, encoder.embed_dim
+    x = jax.ShapeDtypeStruct((batch, side, side, d), jnp.bfloat16)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        vector = jax.ShapeDtypeStruct((d,), dtype)
+        traced = jax.jit(mosaic_layer_norm).trace(x, vector, vector)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_mosaic
+def test_differentiation_names_the_xla_path():
+    x, scale, bias = inputs((16,), 64, "bfloat16")
+    with pytest.raises(NotImplementedError, match='implementation="xla"'):
+        jax.grad(lambda x: mosaic_layer_norm(x, scale, bias).sum())(x)
+
+
+def test_errors():
+    x, scale, bias = inputs((4,), 96, "float32")
+    with pytest.raises(ValueError, match="scale must have shape"):
+        layer_norm(x, scale[:32], bias)
+    with pytest.raises(ValueError, match="x must be bfloat16 or float16, got float32; d must be"):
+        layer_norm(x, scale, bias, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [(8, 64, 64), (3, 7)])
+@pytest.mark.parametrize("d", [192, 768, 1024, 1280])
+def test_error_and_repeats_on_gpu(d, rows, dtype):
+    arrays = inputs(rows, d, dtype)
+    run = jax.jit(lambda *a: layer_norm(*a, implementation="mosaic_gpu"))
+    first = run(*arrays)
+    check(first, *arrays)
+    for _ in range(20):
+        assert bool((run(*arrays) == first).all())
