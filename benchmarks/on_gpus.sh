@@ -59,7 +59,6 @@ encoder)
     } &
     {
         bench 1 300 encoder --model vit_h $batches $all --decomposition 0.3 --width 12 $(run mosaic_gpu)
-        bench 1 200 encoder --model vit_l $batches --density 1 --width 4 $(run compile-max-autotune)
     } &
     {
         bench 2 200 encoder --model vit_b $batches $all --decomposition 0.3 --width 12 $(run mosaic_gpu)
@@ -74,7 +73,6 @@ rest)
     {
         bench 0 240 kernels --model vit_l $batches $two --width 12
         bench 0 60 ceilings --width 6
-        bench 0 120 kernels --model vit_h --batch 8 $two --width 12 $(run mosaic_gpu xla)
     } &
     {
         bench 1 240 encoder --model vit_h $batches $two --width 8 $(run compile flex eager)
@@ -82,10 +80,12 @@ rest)
     } &
     {
         bench 2 300 scaling --model vit_l --axis batch --axis density --width 12
+        bench 2 400 encoder --model vit_l --batch 8 --density 1 --width 4 $(run compile-max-autotune)
     } &
     {
         bench 3 150 end-to-end --model vit_l --width 8
         bench 3 200 scaling --model vit_l --axis image_size --width 8
+        bench 3 120 kernels --model vit_h --batch 8 $two --width 12 $(run mosaic_gpu xla)
     } &
     ;;
 esac
