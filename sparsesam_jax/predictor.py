@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from sparsesam_jax import device_transforms
+from sparsesam_jax import transforms as host_transforms
 from sparsesam_jax.image_encoder import AttentionTables
 from sparsesam_jax.prompt_arrays import ImagePrompt, ImageSizes, pad_together
 from sparsesam_jax.sam import ImageEmbedding, Sam
-from sparsesam_jax.transforms import (
-    MASK_THRESHOLD,
-    normalise,
-    resize_and_pad,
-    resize_mask_logits,
-)
+from sparsesam_jax.transforms import normalise
 
 Masks = tuple[np.ndarray, np.ndarray, np.ndarray]
+Transforms = Literal["auto", "host", "device"]
 
 
 class SamPredictor:
@@ -34,12 +32,17 @@ class SamPredictor:
     Args:
         sam: The model; its parameters are read once, here.
         image_size: Side of the padded input; None is the model's own.
+        transforms: Where photos are resized, to the same pixels, and masks to the photo's size:
+            on the `host`, on the `device`, or `auto`, on the device where that is no CPU.
 
     Raises:
-        ValueError: `image_size` is no multiple of the patch size.
+        ValueError: `image_size` is no multiple of the patch size, or `transforms` is unknown.
     """
 
-    def __init__(self, sam: Sam, image_size: int | None = None):
+    def __init__(self, sam: Sam, image_size: int | None = None, *, transforms: Transforms = "auto"):
+        if transforms not in get_args(Transforms):
+            expected = ", ".join(get_args(Transforms))
+            raise ValueError(f"transforms must be one of {expected}; got {transforms!r}")
         encoder = sam.config.image_encoder
         image_size = image_size or encoder.image_size
         if image_size < 1 or image_size % encoder.patch_size:
@@ -48,6 +51,8 @@ class SamPredictor:
             )
         self.sam = sam
         self.image_size = image_size
+        host = transforms == "host" or (transforms == "auto" and jax.default_backend() == "cpu")
+        self.transforms = host_transforms if host else device_transforms
         # The decoder alone, so that models that differ in the encoder's sparsity share its
         # compilation.
         decoder = nnx.merge(*nnx.split(sam))
@@ -98,18 +103,19 @@ class SamPredictor:
         if not images:
             raise ValueError("images must hold at least one image, got none")
         self.reset_image()
+        resize = self.transforms.resize_and_pad
         padded, sizes = [], []
         for image in images:
             check_image(image)
             rgb = image if image_format == "RGB" else image[..., ::-1]
-            pixels, resized = resize_and_pad(np.ascontiguousarray(rgb), self.image_size)
+            pixels, resized = resize(np.ascontiguousarray(rgb), self.image_size)
             padded.append(pixels)
             sizes.append(ImageSizes(image.shape[:2], resized))
         self._embedding = _encode(
             self._encoder.graph,
             self._encoder.leaves,
             self._tables,
-            np.stack(padded),
+            padded,
             np.array([s.resized for s in sizes], np.int32),
         )
         self._sizes = sizes
@@ -146,7 +152,7 @@ class SamPredictor:
 
         Returns:
             Masks [K, height, width], predicted IoU [K] and low-resolution logits [K, h, w]; with P
-            prompts, each has a leading axis of P.
+            prompts, each has a leading axis of P. Read-only where they come from the device.
 
         Raises:
             RuntimeError: No image is set, or a batch is.
@@ -235,16 +241,17 @@ class SamPredictor:
             multimask_output=multimask_output,
             hq_token_only=hq_token_only,
         )
+        resize = self.transforms.resize_masks
+        counts = [len(a.labels) for a in arrays]
+        side = (self.image_size, self.image_size)
+        masks = [
+            resize(x, count, side, *sizes[::-1], return_logits=return_logits)
+            for x, count, sizes in zip(low_res, counts, self._sizes, strict=True)
+        ]
         low_res, iou = np.asarray(low_res), np.asarray(iou)
         results = []
-        for index, (prompt, sizes) in enumerate(zip(prompts, self._sizes, strict=True)):
-            count = len(arrays[index].labels)
-            logits = low_res[index, :count]
-            frame = ((self.image_size, self.image_size), sizes.resized, sizes.original)
-            # Prompt by prompt, so that only one prompt's logits exist at the photo's size.
-            resized = (resize_mask_logits(x, *frame) for x in logits)
-            masks = [x if return_logits else x > MASK_THRESHOLD for x in resized]
-            result = (np.stack(masks), iou[index, :count], logits)
+        for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+            result = (masks[index], iou[index, :count], low_res[index, :count])
             single = not prompt.is_batched
             results.append(tuple(x[0] for x in result) if single else result)
         return results
@@ -298,10 +305,10 @@ def _encode(
     graph: _Graph,
     leaves: list[Array],
     tables: tuple[AttentionTables, ...],
-    padded: Array,
+    padded: list[Array],
     sizes: Array,
 ) -> ImageEmbedding:
-    return graph.merge(leaves).encode(normalise(padded, sizes), tables)
+    return graph.merge(leaves).encode(normalise(jnp.stack(padded), sizes), tables)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("multimask_output", "hq_token_only"))

@@ -114,6 +114,31 @@ def resize_mask_logits(
     return out.reshape(*logits.shape[:-2], *original_size)
 
 
+def resize_masks(
+    low_res: Float[Array | np.ndarray, "P K h w"],
+    count: int,
+    image_size: tuple[int, int],
+    input_size: tuple[int, int],
+    original_size: tuple[int, int],
+    *,
+    return_logits: bool = False,
+) -> Bool[np.ndarray, "count K height width"] | Float[np.ndarray, "count K height width"]:
+    """Masks of the first `count` prompts at the photo's size, on the host.
+
+    Args:
+        low_res: Mask logits; prompts behind the first `count` fill up the batch.
+        count: Prompts.
+        image_size: As for `mask_resize_matrices`.
+        input_size: As for `mask_resize_matrices`.
+        original_size: As for `mask_resize_matrices`.
+        return_logits: Whether to return float32 logits instead of booleans.
+    """
+    # Prompt by prompt, so that only one prompt's logits exist at the photo's size.
+    frame = (image_size, input_size, original_size)
+    resized = (resize_mask_logits(logits, *frame) for logits in np.asarray(low_res)[:count])
+    return np.stack([x if return_logits else x > MASK_THRESHOLD for x in resized])
+
+
 @functools.lru_cache(maxsize=256)
 def _sparse_axis_matrix(*sizes: int) -> scipy.sparse.csr_array:
     return scipy.sparse.csr_array(_axis_matrix(*sizes))

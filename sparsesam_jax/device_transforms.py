@@ -1,0 +1,173 @@
+"""What `SamPredictor` does to photos and masks, on the device and for any photo's size.
+
+A program for every size of photo would be compiled for every new one. So photos and masks travel as
+flat arrays whose length is rounded up, their sides are numbers that the programs read, and what
+depends on a side comes as tables.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
+
+from sparsesam_jax.transforms import MASK_THRESHOLD, mask_resize_matrices, resized_shape
+
+_BITS = 22  # of Pillow's fixed-point weights behind the point
+_MAX_PIXELS = 2**28  # of the masks that one call makes
+
+
+class Taps(NamedTuple):
+    """One axis of a resize: output i is the weighted sum of the inputs from `first[i]` on."""
+
+    first: Int[Array | np.ndarray, " outputs"]
+    weights: Num[Array | np.ndarray, "outputs taps"]
+
+
+def pillow_taps(inputs: int, outputs: int) -> Taps:
+    """Pillow's antialiased bilinear resize of one axis, weights int32 in units of 2^-22.
+
+    A triangle as wide as two outputs, or two inputs where those are wider, around the output's
+    centre; cut off at the edges, weights sum to one.
+    """
+    scale = inputs / outputs
+    support = max(scale, 1.0)
+    centre = (np.arange(outputs) + 0.5) * scale
+    first = np.maximum((centre - support + 0.5).astype(int), 0)
+    last = np.minimum((centre + support + 0.5).astype(int), inputs)
+    place = first[:, None] + np.arange(math.ceil(support) * 2 + 1)
+    weights = np.maximum(1 - np.abs((place - centre[:, None] + 0.5) / support), 0)
+    weights = np.where(place < last[:, None], weights, 0)
+    weights /= weights.sum(1, keepdims=True)
+    return Taps(first.astype(np.int32), np.floor(weights * 2**_BITS + 0.5).astype(np.int32))
+
+
+def matrix_taps(matrix: Float[np.ndarray, "outputs inputs"]) -> Taps:
+    """The same for any matrix whose rows have few entries, next to each other."""
+    used = matrix != 0
+    first = used.argmax(1)
+    taps = int((matrix.shape[1] - used[:, ::-1].argmax(1) - first).max())
+    first = np.minimum(first, matrix.shape[1] - taps)
+    weights = np.take_along_axis(matrix, first[:, None] + np.arange(taps), 1)
+    return Taps(first.astype(np.int32), weights)
+
+
+def resize_and_pad(
+    image: UInt8[np.ndarray, "height width 3"], image_size: int
+) -> tuple[UInt8[Array, "image_size image_size 3"], tuple[int, int]]:
+    """`transforms.resize_and_pad` on the device, with the same pixels to the bit.
+
+    Pillow 13 begins with the other axis where it scales a photo down that is more than twice as
+    high as wide: there a few pixels are one level off.
+    """
+    height, width = resized_shape(image.shape[0], image.shape[1], image_size)
+    rows = _resize_taps(image.shape[0], height, image_size)
+    cols = _resize_taps(image.shape[1], width, image_size)
+    flat = np.empty(_rounded(image.size), np.uint8)
+    flat[: image.size] = image.reshape(-1)
+    sides = np.array([image.shape[1], height, width], np.int32)
+    padded = _resize(flat, rows, cols, sides, num_rows=_rounded(image.shape[0]))
+    return padded, (height, width)
+
+
+def resize_masks(
+    low_res: Float[Array, "P K h w"],
+    count: int,
+    image_size: tuple[int, int],
+    input_size: tuple[int, int],
+    original_size: tuple[int, int],
+    *,
+    return_logits: bool = False,
+) -> Bool[np.ndarray, "count K height width"] | Float[np.ndarray, "count K height width"]:
+    """`transforms.resize_masks` on the device; the result is on the host, and read-only."""
+    _, masks, *sides = low_res.shape
+    frame = (tuple(sides), image_size, input_size, original_size)
+    rows, cols = _mask_taps(*frame)
+    plane = math.prod(original_size)
+    at_once = max(1, _MAX_PIXELS // (masks * plane))
+    parts = []
+    for start in range(0, count, at_once):
+        prompts = min(at_once, count - start)
+        first = np.array([start * masks, *original_size], np.int32)
+        length = _rounded(prompts * masks * plane)
+        options = {"length": length, "return_logits": return_logits}
+        flat = _resize_flat(low_res, rows, cols, first, **options)
+        parts.append((flat, (prompts, masks, *original_size)))
+    arrays = [np.asarray(flat)[: math.prod(shape)].reshape(shape) for flat, shape in parts]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _rounded(size: int) -> int:
+    """A size rounded up by less than a quarter, so that few sizes are compiled for."""
+    unit = 1 << max(5, size.bit_length() - 3)
+    return -(-size // unit) * unit
+
+
+def _padded(taps: Taps, outputs: int) -> Taps:
+    """The same with more outputs, which are zero."""
+    extra = outputs - len(taps.first)
+    return Taps(np.pad(taps.first, (0, extra)), np.pad(taps.weights, ((0, extra), (0, 0))))
+
+
+@functools.lru_cache(maxsize=256)
+def _resize_taps(inputs: int, outputs: int, padded: int) -> Taps:
+    return _padded(pillow_taps(inputs, outputs), padded)
+
+
+@functools.lru_cache(maxsize=256)
+def _mask_taps(*frame: tuple[int, int]) -> tuple[Taps, Taps]:
+    rows, cols = (matrix_taps(matrix) for matrix in mask_resize_matrices(*frame))
+    return _padded(rows, _rounded(len(rows.first))), _padded(cols, _rounded(len(cols.first)))
+
+
+@functools.partial(jax.jit, static_argnames="num_rows")
+def _resize(
+    flat: Array, rows: Taps, cols: Taps, sides: Array, *, num_rows: int
+) -> UInt8[Array, "outputs outputs 3"]:
+    """Columns first and rounded to whole levels between the axes, as Pillow does."""
+    width, inner_height, inner_width = sides
+    outputs, channel = len(rows.first), jnp.arange(3)
+
+    def level(total: Array) -> Array:
+        return jnp.clip((total + (1 << (_BITS - 1))) >> _BITS, 0, 255)
+
+    total = jnp.zeros((), jnp.int32)
+    for tap in range(cols.weights.shape[1]):
+        place = jnp.arange(num_rows)[:, None] * width + cols.first + tap
+        pixels = flat.at[place[..., None] * 3 + channel].get(mode="clip").astype(jnp.int32)
+        total += cols.weights[:, tap, None] * pixels
+    # Else XLA would do this anew for every row that reads it.
+    middle = jax.lax.optimization_barrier(level(total).astype(jnp.uint8))
+    total = jnp.zeros((), jnp.int32)
+    for tap in range(rows.weights.shape[1]):
+        pixels = middle.at[rows.first + tap].get(mode="clip").astype(jnp.int32)
+        total += rows.weights[:, tap, None, None] * pixels
+    place = jnp.arange(outputs)
+    inside = (place < inner_height)[:, None] & (place < inner_width)
+    return jnp.where(inside[..., None], level(total), 0).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnames=("length", "return_logits"))
+def _resize_flat(
+    low_res: Array, rows: Taps, cols: Taps, first: Array, *, length: int, return_logits: bool
+) -> Bool[Array, " length"] | Float[Array, " length"]:
+    """The masks from `first` on, one after the other; what is behind the last is no mask."""
+    first_mask, height, width = first
+    *_, low_height, low_width = low_res.shape
+    place, plane = jnp.arange(length), height * width
+    mask, inner = first_mask + jax.lax.div(place, plane), jax.lax.rem(place, plane)
+    y, x = jax.lax.div(inner, width), jax.lax.rem(inner, width)
+    corner = (mask * low_height + rows.first[y]) * low_width + cols.first[x]
+    flat = low_res.reshape(-1)
+    total = jnp.zeros((), jnp.float32)
+    for i in range(rows.weights.shape[1]):
+        row = jnp.zeros((), jnp.float32)
+        for j in range(cols.weights.shape[1]):
+            row += cols.weights[x, j] * flat.at[corner + i * low_width + j].get(mode="clip")
+        total += rows.weights[y, i] * row
+    return total if return_logits else total > MASK_THRESHOLD
