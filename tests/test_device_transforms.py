@@ -5,8 +5,6 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from models import random_weights
 from PIL import Image
 
@@ -24,15 +22,14 @@ def photo(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height + width).integers(0, 256, (height, width, 3), np.uint8)
 
 
-@settings(max_examples=60, deadline=None)
-@given(inputs=st.integers(1, 400), outputs=st.integers(1, 200))
-def test_taps_are_pillows(inputs, outputs):
-    image = photo(1, inputs)[..., 0]
-    first, weights = pillow_taps(inputs, outputs)
-    place = np.minimum(first[:, None] + np.arange(weights.shape[1]), inputs - 1)
-    levels = (image[0].astype(np.int64)[place] * weights).sum(1) + (1 << 21) >> 22
-    want = Image.fromarray(image).resize((outputs, 1), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(levels, np.asarray(want)[0])
+def test_taps_are_pillows():
+    for inputs, outputs in np.random.default_rng(0).integers(1, 400, (200, 2)).tolist():
+        image = photo(1, inputs)[..., 0]
+        first, weights = pillow_taps(inputs, outputs)
+        place = np.minimum(first[:, None] + np.arange(weights.shape[1]), inputs - 1)
+        levels = (image[0].astype(np.int64)[place] * weights).sum(1) + (1 << 21) >> 22
+        want = Image.fromarray(image).resize((outputs, 1), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(levels, np.asarray(want)[0])
 
 
 # Sizes that share a program and sizes that do not; smaller and larger than the input.
