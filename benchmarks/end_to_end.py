@@ -211,7 +211,9 @@ def build(
             )
         return {"several": several}
 
-    return Program(logits, measure, {"device": device_name()})
+    where = transforms.__name__.rpartition(".")[2]
+    notes = {"device": device_name(), "what": f"preprocess and upscale are {where}"}
+    return Program(logits, measure, notes)
 
 
 def row(prompts: int, total: Spread, parts: dict[str, float]) -> Record:

@@ -19,9 +19,8 @@ in a process of its own; times are medians of 20 runs (or as many as is said) af
 host's clock and until the result is there; compilation is apart. MiB is the framework's own peak
 allocation, weights included. TFLOP/s count what the algorithm needs. *Of ceiling* is the time that
 the same products and the same attention would take at the rates that XLA's plain products and
-cuDNN's attention without bias reach, over the time measured: in the same run, or, where a run has
-none of its own, the {products:.0f} and {attention:.0f} TFLOP/s that the aims were set with.
-*Queued* is with every call launched before the one before it has ended.
+cuDNN's attention without bias reached in the same run, over the time measured. *Queued* is with
+every call launched before the one before it has ended.
 """
 _COLUMNS = ("ms an image", "quartiles", "queued", "MiB", "TFLOP/s", "of ceiling", "error")
 
@@ -46,8 +45,7 @@ def write(results: Path, out: Path) -> None:
 
 def document(found: Sequence[Record], pictures: dict[str, str]) -> str:
     """The document's text; `pictures` are the main device's, file names by section."""
-    head = _HEAD.format(**report_data.KNOWN_CEILINGS["NVIDIA H200"])
-    parts, main = [head, _missing(found)], report_data.main_device(found)
+    parts, main = [_HEAD, _missing(found)], report_data.main_device(found)
     for device in report_data.devices(found, "encoder"):
         own = report_data.measured(found, "encoder", device)
         shown = pictures if device == main else {}
@@ -277,7 +275,7 @@ def _cells(r: Record) -> list[str]:
 def _what(own: Sequence[Record]) -> str:
     what = {r["implementation"]: r["what"] for r in own if r.get("what")}
     told = "; ".join(f"*{name}*: {text}" for name, text in sorted(what.items()))
-    return f" What PyTorch's peers run: {told}." if told else ""
+    return f" What is run: {told}." if told else ""
 
 
 def _share(r: Record) -> str:

@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import ceilings, records
+from benchmarks import records
 from benchmarks.records import Record
-from benchmarks.shapes import model_config
-from benchmarks.variants import recorded_sparsity
 
 SUITES = ("encoder", "kernels", "ceilings", "end-to-end", "scaling", "cpu")
 MODELS = ("vit_t", "vit_b", "vit_l", "vit_h")
@@ -49,9 +47,6 @@ PARTS = {
     "products": r"matmul|nvjet|gemm|cutlass|xmma|cublas|dot",
 }
 OTHER = "other"
-# TFLOP/s of XLA's products and cuDNN's attention without bias, measured on an H200 when the aims
-# were set. For runs without ceilings of their own: those from a loop in one program are too low.
-KNOWN_CEILINGS = {"NVIDIA H200": {"products": 770.0, "attention": 468.0}}
 
 
 def newest(folder: Path) -> list[Record]:
@@ -68,8 +63,6 @@ def newest(folder: Path) -> list[Record]:
             if r.get("timed") is False:
                 continue
             record = _completed(r, path.name)
-            if record["suite"] == "ceilings" and not _well_timed(record):
-                continue
             key = tuple(str(record.get(name)) for name in _KEY)
             older = found.get(key)
             if older is None or _age(record) >= _age(older):
@@ -85,39 +78,18 @@ def newest(folder: Path) -> list[Record]:
 
 
 def _anywhere(record: Record) -> tuple[str, ...]:
-    return tuple(str(record.get(name)) for name in _KEY if name != "device")
-
-
-def _well_timed(record: Record) -> bool:
-    """Whether a ceiling was timed as now; before, a loop inside one program slowed it down."""
-    return bool(record["not_run"]) or "copies" in record
+    # A ceilings case that did not run names none of the programs that it has when it runs.
+    left_out = ("device", "implementation") if record["suite"] == "ceilings" else ("device",)
+    return tuple(str(record.get(name)) for name in _KEY if name not in left_out)
 
 
 def _completed(record: Record, file: str) -> Record:
-    """Older records lack what has been added since, and some have shares of wrong ceilings."""
+    """Older records lack what has been added since."""
     full = {"not_run": None, "time": "", "device": None, "file": file, **record}
     if full["suite"] == "encoder":
         full.setdefault("sparse", None if full["density"] == 1 else "attention and MLP")
         full.setdefault("image_size", 1024)
-    if full["suite"] in ("encoder", "kernels") and "copies" not in full.get("ceiling", ()):
-        for name in ("share_of_ceiling", "floor_ms"):
-            full.pop(name, None)
-        ceiling = KNOWN_CEILINGS.get(str(full["device"]))
-        if ceiling is not None and full.get("tflops") is not None:
-            full |= _shares(full, ceiling)
     return full
-
-
-def _shares(record: Record, ceiling: dict[str, float]) -> Record:
-    """What a record says of ceilings, from these."""
-    if record["suite"] == "kernels":
-        rate = ceiling["products" if record["op"] == "mlp" else "attention"]
-        return {"share_of_ceiling": record["tflops"] / rate}
-    config = model_config(record["model"]).image_encoder
-    fields = record["sparsity"]
-    kept = None if fields is None else recorded_sparsity(fields)
-    floor = ceilings.floor_ms(config, kept, record["batch"], ceiling)
-    return {"floor_ms": floor, "share_of_ceiling": sum(floor.values()) / record["median_ms"]}
 
 
 def _age(record: Record) -> tuple[bool, str]:

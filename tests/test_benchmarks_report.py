@@ -93,21 +93,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_ceilings_that_were_timed_too_low_are_not_used(tmp_path: Path) -> None:
-    loops = {"products": 600.0, "attention": 400.0, "copy": 4.0}
-    old = {"ceiling": loops, "sparsity": None, "device": "NVIDIA H200"}
-    low = {"suite": "ceilings", "tflops": 600.0, "shape": [8, 8], "sparse": None}
-    records = [
-        encoder("mosaic_gpu", 1.0, 8.0, **old),
-        encoder("qkv", 1.0, 8.0, **old | low),
-        encoder("lin1", 1.0, 8.0, **old | low | {"copies": 4}),
-    ]
-    kept = report_data.newest(write(tmp_path, records))
-    assert [r["implementation"] for r in kept] == ["mosaic_gpu", "lin1"]
-    # 25.8 and 6.2 ms at the rates that are known, of 64.
-    assert kept[0]["share_of_ceiling"] == pytest.approx(0.50, abs=0.01)
-
-
 def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     results = write(tmp_path / "results", RECORDS)
     written = []
@@ -128,7 +113,7 @@ def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert f"| vit_l | 8 | dense {compiled}" in text
     assert "| no package | encoder vit_l B8 dense eager |" in text
     assert "| batch | vit_l | mosaic_gpu | 1 | 1, 8 | 1.00 | 1.00 | 1.00 | 1.00 |" in text
-    assert "What PyTorch's peers run: *transformers-compile*: SamModel." in text
+    assert "What is run: *transformers-compile*: SamModel." in text
     ours, theirs = (line for line in text.splitlines() if line.endswith("4.0 | 1.0e-02 |"))
     assert ours.startswith("| vit_l | dense | mosaic_gpu | 1 | 20.0 |")
     assert theirs.startswith("| vit_l | dense | transformers-compile | 1 | 30.0 |")
