@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # What benchmarks/results holds of a machine's GPUs, a stage at a time:
 #
-#     bash benchmarks/on_gpus.sh smoke|encoder|rest FOLDER
+#     bash benchmarks/on_gpus.sh smoke|encoder|rest|sanitize FOLDER
 #
 #   smoke    every suite once with vit_t, one GPU, about 5 minutes: read it before a longer stage
 #   encoder  encoders of vit_b, vit_l and vit_h and the PyTorch peers, about 9 minutes on 2 GPUs
 #   rest     kernels, ceilings, end-to-end, scaling, other peers, about 9 minutes on 2 GPUs
+#   sanitize memcheck and racecheck of every kernel, to FOLDER/sanitizer.log
 #
 # Records are appended to FOLDER/gpuN.jsonl as they come, what is printed to FOLDER/gpuN.log. After
 # LIMIT seconds (without it 520) nothing starts; SPARSESAM_COMMIT names the tree where git cannot.
 set -u
 stage=${1:-} out=${2:-}
-if [[ ! $stage =~ ^(smoke|encoder|rest)$ || -z $out ]]; then
-    echo "usage: bash benchmarks/on_gpus.sh smoke|encoder|rest FOLDER" >&2
+if [[ ! $stage =~ ^(smoke|encoder|rest|sanitize)$ || -z $out ]]; then
+    echo "usage: bash benchmarks/on_gpus.sh smoke|encoder|rest|sanitize FOLDER" >&2
     exit 2
 fi
 mkdir -p "$out"
@@ -44,6 +45,13 @@ all="--density 1 --density 0.5 --density 0.4 --density 0.3 --density 0.25"
 two="--density 1 --density 0.3"
 
 case $stage in
+sanitize)
+    for tool in memcheck racecheck; do
+        echo "## $tool"
+        timeout "${LIMIT:-520}" compute-sanitizer --tool "$tool" python3 -m benchmarks.sanitize
+    done 2>&1 | tee "$out/sanitizer.log"
+    exit
+    ;;
 smoke)
     bench 0 110 encoder --model vit_t --batch 1 $two --decomposition 0.3 --runs 5 --width 8 \
         $(run mosaic_gpu xla eager compile flex transformers)

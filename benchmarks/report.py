@@ -235,7 +235,11 @@ def _cpu(device: str, own: Sequence[Record]) -> str:
     ]
     columns = ["model", "batch", "density", "implementation", "ms", "quartiles", "runs", "MiB"]
     threads = ", ".join(sorted({str(r["threads"]) for r in own}))
-    text = f"{_provenance(device, own)} float32, {threads} threads; MiB is the whole process."
+    text = (
+        f"{_provenance(device, own)} float32, {threads} threads; MiB is the whole process. "
+        "Error: of the largest feature, dense beside PyTorch, sparse beside our dense, which is "
+        "what sparsity does to random weights."
+    )
     return section("On a CPU", text, [*columns, "error"], lines)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+SMEM_BYTES = 232448 - 2048  # shared memory of one program on Hopper, less what its barriers take
+
 
 def split_head_dim(head_dim: int) -> tuple[int, ...]:
     """head_dim in parts whose rows are 128 or 32 bytes of 16-bit floats: a TMA swizzle."""

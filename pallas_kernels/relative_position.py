@@ -34,12 +34,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import reference
-from pallas_kernels.boxes import as_box, buffer, map_boxes, split_head_dim
+from pallas_kernels.boxes import SMEM_BYTES, as_box, buffer, map_boxes, split_head_dim
 from pallas_kernels.implementation import no_gradient
 from pallas_kernels.tiles import BLOCK, CHUNK, div_rem
 
 NUM_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200 (SXM)
-SMEM_BYTES = 232448 - 2048  # of one program on Hopper, less what its barriers take
 
 
 class Config(NamedTuple):

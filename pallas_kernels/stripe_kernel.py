@@ -33,12 +33,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.block_layout import BlockLayout
-from pallas_kernels.boxes import as_box, buffer, split_head_dim
+from pallas_kernels.boxes import SMEM_BYTES, as_box, buffer, split_head_dim
 from pallas_kernels.implementation import no_gradient
 from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, div_rem
-
-# Shared memory that one program may have on Hopper, less what its barriers take.
-SMEM_BYTES = 232448 - 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

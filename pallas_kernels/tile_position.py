@@ -24,9 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.boxes import as_box, buffer, map_boxes, split_head_dim
+from pallas_kernels.boxes import SMEM_BYTES, as_box, buffer, map_boxes, split_head_dim
 from pallas_kernels.implementation import no_gradient
-from pallas_kernels.relative_position import SMEM_BYTES, own_columns
+from pallas_kernels.relative_position import own_columns
 from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, div_rem
 
 WARPGROUPS = 2

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 from sparsesam_jax.transforms import MASK_THRESHOLD, mask_resize_matrices, resized_shape
 
 _BITS = 22  # of Pillow's fixed-point weights behind the point
-_MAX_PIXELS = 2**28  # of the masks that one call makes
+_MAX_PIXELS = 2**26  # of the masks that one program makes
 
 
 class Taps(NamedTuple):
@@ -168,6 +168,6 @@ def _resize_flat(
     for i in range(rows.weights.shape[1]):
         row = jnp.zeros((), jnp.float32)
         for j in range(cols.weights.shape[1]):
-            row += cols.weights[x, j] * flat.at[corner + i * low_width + j].get(mode="clip")
-        total += rows.weights[y, i] * row
+            row += cols.weights[:, j][x] * flat.at[corner + i * low_width + j].get(mode="clip")
+        total += rows.weights[:, i][y] * row
     return total if return_logits else total > MASK_THRESHOLD
