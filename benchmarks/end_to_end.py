@@ -1,10 +1,9 @@
 """From an image to its masks, `set_image` and `predict` as users call them, and the parts.
 
-A generated image and points on its diagonal. `preprocess` is the resize on the host; `encoder` is
-what remains of `set_image`, transfer and normalisation included; `decoder` is the jitted decoder,
-its logits on the host; `upscale` takes the masks to the image's size on the host. Low-resolution
-logits are first compared with those of the same model in float32. `end_to_end_torch` does the same
-with transformers' model.
+A generated image and points on its diagonal. `preprocess` is the resize, `encoder` what remains of
+`set_image`, transfer and normalisation included, `decoder` the jitted decoder, `upscale` takes the
+masks to the image's size and to the host. Low-resolution logits are first compared with those of
+the same model in float32. `end_to_end_torch` does the same with transformers' model.
 """
 
 from __future__ import annotations

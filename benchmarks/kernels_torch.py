@@ -80,7 +80,7 @@ def build(case: dict[str, Any], implementation: str, runs: int, loops: int) -> P
 
 
 def _capture(run: Callable[[], Tensor], loops: int) -> torch.cuda.CUDAGraph | None:
-    """Runs in one CUDA graph, so that no launch waits for the host, as in our programs.
+    """Runs in one CUDA graph, so that no launch waits for the host.
 
     None where what runs cannot be captured; the record says so.
     """
