@@ -223,9 +223,9 @@ class Block(nnx.Module):
         return tokens.reshape(x.shape)
 
     def _mlp_weights(self, dtype: jnp.dtype) -> MLPWeights:
-        lin1, lin2 = self.mlp.lin1, self.mlp.lin2
-        norm = (self.norm2.scale, self.norm2.bias)
-        return MLPWeights(*_arrays(dtype, *norm, lin1.kernel, lin1.bias, lin2.kernel, lin2.bias))
+        norm2, lin1, lin2 = self.norm2, self.mlp.lin1, self.mlp.lin2
+        params = (norm2.scale, norm2.bias, lin1.kernel, lin1.bias, lin2.kernel, lin2.bias)
+        return MLPWeights(*_arrays(dtype, *params))
 
 
 def _arrays(dtype: jnp.dtype, *params: nnx.Param[Array] | None) -> list[Array]:
@@ -323,12 +323,12 @@ class Attention(nnx.Module):
             jnp.where(np.arange(3 * d) < d, qkv_bias, 0),
             proj_bias + jnp.matmul(qkv_bias[2 * d :], kernel, **options),
             *(
-                self._table(table[...], side).astype(dtype)
+                self._padded_table(table[...], side).astype(dtype)
                 for table, side in zip((self.rel_pos_h, self.rel_pos_w), grid, strict=True)
             ),
         )
 
-    def _table(self, rel_pos: Array, side: int) -> Array:
+    def _padded_table(self, rel_pos: Array, side: int) -> Array:
         table = relative_table(rel_pos, side, self.window_size)
         if self.window_size is None:
             return table
