@@ -46,6 +46,7 @@ two="--density 1 --density 0.3"
 
 case $stage in
 sanitize)
+    export XLA_FLAGS=--xla_gpu_autotune_level=0 # trials would be checked too
     for tool in memcheck racecheck; do
         echo "## $tool"
         timeout "${LIMIT:-520}" compute-sanitizer --tool "$tool" python3 -m benchmarks.sanitize
