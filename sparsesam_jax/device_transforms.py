@@ -84,7 +84,7 @@ def resize_masks(
     *,
     return_logits: bool = False,
 ) -> Bool[np.ndarray, "count K height width"] | Float[np.ndarray, "count K height width"]:
-    """`transforms.resize_masks` on the device; the result is on the host, and read-only."""
+    """`transforms.resize_masks` on the device; the result is on the host, pinned and read-only."""
     _, masks, *sides = low_res.shape
     frame = (tuple(sides), image_size, input_size, original_size)
     rows, cols = _mask_taps(*frame)
@@ -97,7 +97,9 @@ def resize_masks(
         length = _rounded(prompts * masks * plane)
         options = {"length": length, "return_logits": return_logits}
         flat = _resize_flat(low_res, rows, cols, first, **options)
-        parts.append((flat, (prompts, masks, *original_size)))
+        # Pinned memory, which numpy views as it is: a pageable copy of 30 masks takes 50 ms, not 2.
+        pinned = jax.device_put(flat, flat.sharding.with_memory_kind("pinned_host"))
+        parts.append((pinned, (prompts, masks, *original_size)))
     arrays = [np.asarray(flat)[: math.prod(shape)].reshape(shape) for flat, shape in parts]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
