@@ -27,6 +27,7 @@ BLOCK_ROWS = 16  # that a block of threads normalises, unless it is being tuned
 class Statics(NamedTuple):
     """What a launch knows when it is traced; `interpret` as in `plgpu.kernel`."""
 
+    dtype: jnp.dtype  # of the output
     epsilon: float
     block_rows: int
     num_rows: int  # of the output that count: those behind may stay unwritten
@@ -36,7 +37,7 @@ class Statics(NamedTuple):
 def _kernel(
     x_gmem, rows_gmem, scale_gmem, bias_gmem, out_gmem, x_smem, ready, *, statics: Statics
 ):  # fmt: skip
-    epsilon, block_rows, _, _ = statics
+    _, epsilon, block_rows, _, _ = statics
     first = lax.axis_index("block") * block_rows
     if rows_gmem is None:
         plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(first, block_rows)], x_smem, ready)
@@ -82,12 +83,12 @@ def launch(
     Args:
         statics: What is known when the launch is traced.
         x: Rows of the residual stream [any, d], 16-bit floats, d a multiple of 64.
-        scale: LayerNorm's scale [d], float32 or x's dtype.
+        scale: LayerNorm's scale [d], float32 or 16-bit floats.
         bias: Its bias [d], likewise.
         rows: Rows of x, int32 [M], M a multiple of `block_rows`; None takes all in order.
 
     Returns:
-        The normalised rows [M, d], x's dtype.
+        The normalised rows [M, d].
     """
     width, block_rows = x.shape[1], statics.block_rows
     out_rows = x.shape[0] if rows is None else rows.shape[0]
@@ -96,7 +97,7 @@ def launch(
     operands = [x.reshape(-1, *chunks), rows, scale.reshape(chunks), bias.reshape(chunks)]
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((out_rows, *chunks), x.dtype),
+        out_type=jax.ShapeDtypeStruct((out_rows, *chunks), statics.dtype),
         scratch_types=dict(
             x_smem=plgpu.SMEM((block_rows, *chunks), x.dtype),
             ready=plgpu.Barrier(num_arrivals=1 if rows is None else block_rows),

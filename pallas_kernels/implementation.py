@@ -14,9 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 Implementation = Literal["auto", "xla", "mosaic_gpu"]
 Resolved = Literal["xla", "mosaic_gpu"]
+
+KERNEL_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))  # that kernels read and multiply
 
 JAX_SUPPORTS_MOSAIC_GPU = jax.__version_info__ >= (0, 11, 0)
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gather_norm_kernel, reference
 from pallas_kernels.gather_norm_kernel import BLOCK_ROWS
-from pallas_kernels.implementation import Implementation, no_gradient, resolve
+from pallas_kernels.implementation import KERNEL_DTYPES, Implementation, no_gradient, resolve
 
 
 def layer_norm(
@@ -23,6 +24,7 @@ def layer_norm(
     scale: Float[Array, " d"],
     bias: Float[Array, " d"],
     *,
+    dtype: DTypeLike | None = None,
     epsilon: float = 1e-6,
     implementation: Implementation = "auto",
 ) -> Float[Array, "*rows d"]:
@@ -30,41 +32,50 @@ def layer_norm(
 
     Args:
         x: Rows of any number and shape; for the kernel bfloat16 or float16.
-        scale: For the kernel float32 or x's dtype.
+        scale: For the kernel float32 or 16-bit.
         bias: Likewise.
+        dtype: Of the result; None is x's. For the kernel bfloat16 or float16.
         epsilon: Added to the variance.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
     Returns:
-        The normalised rows, dtype of x.
+        The normalised rows.
 
     Raises:
         ValueError: Shapes disagree, or `"mosaic_gpu"` is asked for where it cannot run.
         NotImplementedError: The kernel is differentiated; `"xla"` is differentiable.
     """
-    d = x.shape[-1]
+    d, dtype = x.shape[-1], jnp.dtype(dtype or x.dtype)
     problems = []
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        problems.append(f"x must be bfloat16 or float16, got {x.dtype}")
+    for name, of in (("x", x.dtype), ("dtype", dtype)):
+        if of not in KERNEL_DTYPES:
+            problems.append(f"{name} must be bfloat16 or float16, got {of}")
     if d % 64 or not 64 <= d <= 8192:
         problems.append(f"d must be a multiple of 64 up to 8192, got {d}")
     for name, array in (("scale", scale), ("bias", bias)):
         if array.shape != (d,):
             raise ValueError(f"{name} must have shape {(d,)}, got {array.shape}")
-        if array.dtype not in (x.dtype, jnp.float32):
-            problems.append(f"{name} must have the dtype of x or float32, got {array.dtype}")
+        if array.dtype not in (*KERNEL_DTYPES, jnp.float32):
+            problems.append(f"{name} must be float32, bfloat16 or float16, got {array.dtype}")
     chosen = resolve(implementation, function="layer_norm", problems=problems)
     if chosen == "mosaic_gpu":
-        return mosaic_layer_norm(x, scale, bias, epsilon=epsilon)
-    return reference.layer_norm(x, scale, bias, epsilon)
+        return mosaic_layer_norm(x, scale, bias, dtype=dtype, epsilon=epsilon)
+    return reference.layer_norm(x, scale, bias, epsilon, dtype)
 
 
 def mosaic_layer_norm(
-    x: Array, scale: Array, bias: Array, *, epsilon: float = 1e-6, interpret: Any = False
+    x: Array,
+    scale: Array,
+    bias: Array,
+    *,
+    dtype: DTypeLike | None = None,
+    epsilon: float = 1e-6,
+    interpret: Any = False,
 ) -> Array:
     """The kernel on checked arguments; `interpret` is for tests."""
     num_rows = x.size // x.shape[-1]
-    statics = gather_norm_kernel.Statics(epsilon, BLOCK_ROWS, num_rows, interpret)
+    dtype = jnp.dtype(dtype or x.dtype)
+    statics = gather_norm_kernel.Statics(dtype, epsilon, BLOCK_ROWS, num_rows, interpret)
     return _launch(statics, x.reshape(num_rows, -1), scale, bias).reshape(x.shape)
 
 

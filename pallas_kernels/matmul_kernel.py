@@ -308,7 +308,7 @@ def launch(
         b: Right operand [K, N], a's dtype.
         bias: [N], float32 or a's dtype.
         rows: For "add", rows of x, int32 [M]; None is row m for row m of a.
-        x: For "add", what is added to, [any, N] of a's dtype.
+        x: For "add", what is added to, [any, N], 16-bit floats.
 
     Returns:
         The product's output [M, N], or for "add" x after it, in x's place if XLA can spare x.
@@ -320,10 +320,10 @@ def launch(
     if not config.fits(m, n, k):
         raise ValueError(f"config must fit the product of {a.shape} and {b.shape}, got {config}")
 
-    def buffer(*shape: int) -> Any:
+    def buffer(*shape: int, dtype: Any = a.dtype) -> Any:
         tiling = plgpu.TilingTransform((8, COLUMNS))  # pyright: ignore[reportAbstractUsage]
         transforms = (tiling, plgpu.SwizzleTransform(2 * COLUMNS))  # pyright: ignore[reportAbstractUsage]
-        return plgpu.SMEM(shape, a.dtype, transforms=transforms)
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
 
     num_barriers = num_stages * (WARPGROUPS if config.take_turns else 1)
     num_readers = 1 if config.take_turns else WARPGROUPS
@@ -333,15 +333,15 @@ def launch(
         )
     else:
         empty = plgpu.Barrier(num_barriers=num_barriers, num_arrivals=num_readers)
-    x_ref = None if x is None else jax.new_ref(x)
+    out_dtype, x_ref = (a.dtype, None) if x is None else (x.dtype, jax.new_ref(x))
     num_tiles = -(-num_rows // tile_m) * (n // (tile_n * cluster))
     kernel = plgpu.kernel(
         functools.partial(_kernel, statics=statics),
-        out_type=jax.ShapeDtypeStruct((m, n), a.dtype) if x_ref is None else (),
+        out_type=jax.ShapeDtypeStruct((m, n), out_dtype) if x_ref is None else (),
         scratch_types=dict(
             a_smem=buffer(num_stages, tile_m, tile_k),
             b_smem=buffer(num_stages, tile_k, tile_n),
-            out_smem=buffer(WARPGROUPS, config.num_slots, wg_rows, COLUMNS),
+            out_smem=buffer(WARPGROUPS, config.num_slots, wg_rows, COLUMNS, dtype=out_dtype),
             bias_smem=plgpu.SMEM((WARPGROUPS, tile_n), bias.dtype),
             rows_smem=plgpu.SMEM((WARPGROUPS, wg_rows), jnp.int32),
             full=plgpu.Barrier(num_barriers=num_barriers, num_arrivals=2),

@@ -16,14 +16,15 @@ from pallas_kernels.reference import layer_norm, matmul_precision
 def mlp_update(
     x: Float[Array, "... d"], weights: MLPWeights, epsilon: float
 ) -> Float[Array, "... d"]:
-    """`MLP(LN(x))`, without the residual."""
-    dtype, precision = x.dtype, matmul_precision(x.dtype)
-    y = layer_norm(x, weights.norm_scale, weights.norm_bias, epsilon)
-    hidden = jnp.matmul(y, weights.kernel1.astype(dtype), precision=precision)
+    """`MLP(LN(x))`, without the residual; x's dtype, while products are in that of the weights."""
+    dtype = weights.kernel1.dtype
+    precision = matmul_precision(dtype)
+    y = layer_norm(x, weights.norm_scale, weights.norm_bias, epsilon, dtype)
+    hidden = jnp.matmul(y, weights.kernel1, precision=precision)
     hidden = hidden.astype(jnp.float32) + weights.bias1
     hidden = jax.nn.gelu(hidden, approximate=False).astype(dtype)
-    update = jnp.matmul(hidden, weights.kernel2.astype(dtype), precision=precision)
-    return (update.astype(jnp.float32) + weights.bias2).astype(dtype)
+    update = jnp.matmul(hidden, weights.kernel2, precision=precision)
+    return (update.astype(jnp.float32) + weights.bias2).astype(x.dtype)
 
 
 def routed_mlp(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import matmul_kernel
-from pallas_kernels.implementation import Implementation, no_gradient, resolve
+from pallas_kernels.implementation import KERNEL_DTYPES, Implementation, no_gradient, resolve
 from pallas_kernels.matmul_kernel import Config
 from pallas_kernels.reference import matmul_precision
 from pallas_kernels.tuning import fitting_matmul, padded, tuned
@@ -36,11 +36,11 @@ def projection(
         x: Rows of any number and shape; for the kernel bfloat16 or float16.
         kernel: Dtype of x.
         bias: Dtype of x or float32.
-        residual: What the product is added to, dtype of x.
+        residual: What the product is added to; for the kernel bfloat16 or float16.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
     Returns:
-        The layer's output, dtype of x.
+        The layer's output, dtype of x or of the residual.
 
     Raises:
         ValueError: Shapes disagree, or `"mosaic_gpu"` is asked for where it cannot run.
@@ -52,9 +52,11 @@ def projection(
     if residual is not None and residual.shape != (*x.shape[:-1], n):
         raise ValueError(f"residual must have shape {(*x.shape[:-1], n)}, got {residual.shape}")
     problems = []
-    dtypes = {str(array.dtype) for array in (x, kernel, *([] if residual is None else [residual]))}
-    if len(dtypes) > 1 or x.dtype not in (jnp.bfloat16, jnp.float16):
-        problems.append(f"arrays must be all bfloat16 or all float16, got {sorted(dtypes)}")
+    if x.dtype not in KERNEL_DTYPES or kernel.dtype != x.dtype:
+        dtypes = f"{x.dtype} and {kernel.dtype}"
+        problems.append(f"x and kernel must be both bfloat16 or both float16, got {dtypes}")
+    if residual is not None and residual.dtype not in KERNEL_DTYPES:
+        problems.append(f"residual must be bfloat16 or float16, got {residual.dtype}")
     for name, width in (("d", d), ("n", n)):
         if width % 64:
             problems.append(f"{name} must be a multiple of 64, got {width}")
@@ -62,7 +64,7 @@ def projection(
     if chosen == "mosaic_gpu":
         return mosaic_projection(x, kernel, bias, residual=residual)
     out = jnp.matmul(x, kernel, precision=matmul_precision(x.dtype)) + bias.astype(x.dtype)
-    return out if residual is None else residual + out
+    return out if residual is None else residual + out.astype(residual.dtype)
 
 
 def mosaic_projection(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_layout import BlockLayout
@@ -124,13 +125,17 @@ def window_unpartition(
 
 
 def layer_norm(
-    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
+    x: Float[Array, "... d"],
+    scale: Float[Array, " d"],
+    bias: Float[Array, " d"],
+    epsilon: float,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "... d"]:
-    """LayerNorm over the last axis in float32, in x's dtype."""
+    """LayerNorm over the last axis in float32; the result has x's dtype or another."""
     y = x.astype(jnp.float32)
     y = y - y.mean(axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt((y * y).mean(axis=-1, keepdims=True) + epsilon)
-    return (y * scale + bias).astype(x.dtype)
+    return (y * scale + bias).astype(dtype or x.dtype)
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference
 from pallas_kernels.gather_norm_kernel import BLOCK_ROWS
-from pallas_kernels.implementation import Implementation, no_gradient, resolve
+from pallas_kernels.implementation import KERNEL_DTYPES, Implementation, no_gradient, resolve
 from pallas_kernels.matmul_kernel import Config
 from pallas_kernels.mlp_weights import MLPWeights
 from pallas_kernels.tuning import fitting_matmul, padded, tuned
@@ -54,13 +54,15 @@ def _problems(x: Array, weights: MLPWeights) -> list[str]:
     """What keeps the kernels from running a call, each as one clause."""
     problems = []
     kernel1, kernel2 = weights.kernel1, weights.kernel2
-    if x.dtype not in (jnp.bfloat16, jnp.float16) or {kernel1.dtype, kernel2.dtype} != {x.dtype}:
-        dtypes = f"{x.dtype}, {kernel1.dtype} and {kernel2.dtype}"
-        problems.append(f"x, kernel1 and kernel2 must be all bfloat16 or all float16, got {dtypes}")
+    if x.dtype not in KERNEL_DTYPES:
+        problems.append(f"x must be bfloat16 or float16, got {x.dtype}")
+    if kernel1.dtype not in KERNEL_DTYPES or kernel1.dtype != kernel2.dtype:
+        dtypes = f"{kernel1.dtype} and {kernel2.dtype}"
+        problems.append(f"kernel1 and kernel2 must be both bfloat16 or both float16, got {dtypes}")
     for name in ("norm_scale", "norm_bias", "bias1", "bias2"):
         array = getattr(weights, name)
-        if array.dtype not in (x.dtype, jnp.float32):
-            problems.append(f"{name} must have the dtype of x or float32, got {array.dtype}")
+        if array.dtype not in (*KERNEL_DTYPES, jnp.float32):
+            problems.append(f"{name} must be float32, bfloat16 or float16, got {array.dtype}")
     for name, width in (("d", x.shape[2]), ("h", kernel1.shape[1])):
         if width % 64 or not 64 <= width <= 8192:
             problems.append(f"{name} must be a multiple of 64 up to 8192, got {width}")
@@ -80,15 +82,16 @@ def routed_mlp(
     `x'[b, t] = x[b, t] + GELU(LN(x[b, t]) kernel1 + bias1) kernel2 + bias2` for t in
     `token_index[b]`, `x'[b, t] = x[b, t]` for all others; `LN(y) = (y - mean y) / sqrt(var y +
     epsilon) norm_scale + norm_bias`, GELU exact. LayerNorm, GELU and the sums of products are
-    float32; the normalised rows, GELU's output and the update are rounded to x's dtype. The kernels
-    work in place where XLA finds x unused afterwards, and touch no token that is not routed.
+    float32; the normalised rows and GELU's output are rounded to the products' dtype, the update to
+    x's, which may be another. The kernels work in place where XLA finds x unused afterwards, and
+    touch no token that is not routed.
     Source: the Residual-Consistency MLP, SparseSAM, arXiv 2605.17633.
 
     Args:
         x: The residual stream.
         token_index: The routed tokens of every image, int32, none twice, in any order.
-        weights: The block's arrays; for the kernels, products in x's dtype, vectors in x's dtype
-            or float32.
+        weights: The block's arrays; for the kernels, those of products both bfloat16 or both
+            float16, vectors these or float32.
         epsilon: Added to the variance.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
@@ -125,8 +128,8 @@ def mlp(
 
     Args:
         x: The residual stream.
-        weights: The block's arrays; for the kernels, products in x's dtype, vectors in x's dtype
-            or float32.
+        weights: The block's arrays; for the kernels, those of products both bfloat16 or both
+            float16, vectors these or float32.
         epsilon: Added to the variance.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
@@ -203,8 +206,9 @@ def _launch(statics: Statics, x: Array, rows: Array | None, weights: MLPWeights)
     if rows is not None:
         # Padding repeats the last row: it may be read again, and is not written.
         rows = jnp.pad(rows, (0, padded(num_rows) - num_rows), mode="edge")
-    norm_statics = gather_norm_kernel.Statics(epsilon, BLOCK_ROWS, num_rows, interpret)
     norm_scale, norm_bias, kernel1, bias1, kernel2, bias2 = weights
+    dtype = kernel1.dtype
+    norm_statics = gather_norm_kernel.Statics(dtype, epsilon, BLOCK_ROWS, num_rows, interpret)
     normed = gather_norm_kernel.launch(norm_statics, x, norm_scale, norm_bias, rows=rows)
     gelu = matmul_kernel.Statics("gelu", config1, num_rows, interpret)
     hidden = matmul_kernel.launch(gelu, normed, kernel1, bias1)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
-from pallas_kernels.implementation import Implementation, resolve
+from pallas_kernels.implementation import KERNEL_DTYPES, Implementation, resolve
 from pallas_kernels.relative_position import relative_position
 from pallas_kernels.tuning import tuned
 from pallas_kernels.window_kernel import REL, SMEM_BYTES, Config, Geometry, Statics, launch
@@ -99,7 +99,7 @@ def _check(
 def _problems(qkv: Array, window_size: int) -> list[str]:
     """What the kernel does not support about these arguments."""
     problems = []
-    if qkv.dtype not in (jnp.bfloat16, jnp.float16):
+    if qkv.dtype not in KERNEL_DTYPES:
         problems.append(f"qkv must be bfloat16 or float16, got {qkv.dtype}")
     if qkv.shape[5] not in HEAD_DIMS:
         problems.append(f"head_dim must be one of {HEAD_DIMS}, got {qkv.shape[5]}")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementation import Implementation
@@ -137,7 +138,7 @@ class ImageEncoder(nnx.Module):
     def block_outputs(
         self, pixels: Float[Array, "B height width 3"], tables: Sequence[AttentionTables] = ()
     ) -> list[Array]:
-        """The tokens after every block, each [B, Gh, Gw, d]; arguments as `__call__`."""
+        """The residual stream after every block, each [B, Gh, Gw, d]; arguments as `__call__`."""
         if tables and len(tables) != len(self.blocks):
             expected = f"one entry a block ({len(self.blocks)})"
             raise ValueError(f"tables must have {expected} or none, got {len(tables)}")
@@ -151,7 +152,7 @@ class ImageEncoder(nnx.Module):
         return outputs
 
     def embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B Gh Gw d"]:
-        """Patch embedding plus absolute position."""
+        """Patch embedding plus absolute position, in the residual stream's dtype."""
         patch = self.config.patch_size
         if pixels.ndim != 4 or pixels.shape[3] != 3 or any(s % patch for s in pixels.shape[1:3]):
             raise ValueError(
@@ -163,10 +164,10 @@ class ImageEncoder(nnx.Module):
         if position.shape[1:3] != x.shape[1:3]:
             shape = (1, *x.shape[1:3], position.shape[3])
             position = jax.image.resize(position, shape, "linear", antialias=False)
-        return x + position.astype(x.dtype)
+        return x.astype(self.dtypes.residual) + position.astype(self.dtypes.residual)
 
     def neck_features(self, x: Float[Array, "B Gh Gw d"]) -> Float[Array, "B Gh Gw out_chans"]:
-        """The neck: tokens of the last block to features."""
+        """The neck: tokens of the last block to features, in the compute dtype."""
         for layer in self.neck:
             x = layer(x)
         return x
@@ -201,6 +202,7 @@ class Block(nnx.Module):
     def __init__(self, config: ImageEncoderConfig, index: int, *, dtypes: DTypes, rngs: nnx.Rngs):
         d = config.embed_dim
         self.index = index
+        self.dtypes = dtypes
         self.norm1 = norm(d, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs)
         self.attn = Attention(config, index, dtypes=dtypes, rngs=rngs)
         self.norm2 = norm(d, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs)
@@ -212,23 +214,25 @@ class Block(nnx.Module):
             "epsilon": _LAYER_NORM_EPSILON,
             "implementation": plan.implementation,
         }
-        normed = layer_norm(x, *_arrays(x.dtype, self.norm1.scale, self.norm1.bias), **options)
+        dtype = self.dtypes.compute
+        norm1 = _arrays(dtype, self.norm1.scale, self.norm1.bias)
+        normed = layer_norm(x, *norm1, dtype=dtype, **options)
         x = self.attn.project(self.attn.attend(normed, x, plan), plan, residual=x)
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         routed = plan.routed_tokens(self.index)
         if routed is None:
-            tokens = mlp(tokens, self._mlp_weights(x.dtype), **options)
+            tokens = mlp(tokens, self._mlp_weights(), **options)
         else:
-            tokens = routed_mlp(tokens, routed, self._mlp_weights(x.dtype), **options)
+            tokens = routed_mlp(tokens, routed, self._mlp_weights(), **options)
         return tokens.reshape(x.shape)
 
-    def _mlp_weights(self, dtype: jnp.dtype) -> MLPWeights:
+    def _mlp_weights(self) -> MLPWeights:
         norm2, lin1, lin2 = self.norm2, self.mlp.lin1, self.mlp.lin2
         params = (norm2.scale, norm2.bias, lin1.kernel, lin1.bias, lin2.kernel, lin2.bias)
-        return MLPWeights(*_arrays(dtype, *params))
+        return MLPWeights(*_arrays(self.dtypes.compute, *params))
 
 
-def _arrays(dtype: jnp.dtype, *params: nnx.Param[Array] | None) -> list[Array]:
+def _arrays(dtype: DTypeLike, *params: nnx.Param[Array] | None) -> list[Array]:
     """Parameters that there are, in one dtype."""
     return [param[...].astype(dtype) for param in params if param is not None]
 

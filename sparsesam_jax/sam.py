@@ -64,6 +64,8 @@ class Sam(nnx.Module):
         sparsity: What the image encoder keeps; None is dense, SAM exactly.
         dtype: Compute dtype: float32, bfloat16 or float16.
         param_dtype: Dtype of the parameters; None is float32.
+        residual_dtype: Dtype of the image encoder's residual stream; None is float16 where
+            bfloat16 is computed in, else the compute dtype. See `layers.DTypes`.
         implementation: `"xla"`, `"mosaic_gpu"` or `"auto"`, see `pallas_kernels.implementation`.
         rngs: Source of the initial parameters.
     """
@@ -75,10 +77,12 @@ class Sam(nnx.Module):
         sparsity: Sparsity | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
+        residual_dtype: DTypeLike | None = None,
         implementation: Implementation = "auto",
         rngs: nnx.Rngs,
     ):
-        dtypes = DTypes(dtype, jnp.float32 if param_dtype is None else param_dtype)
+        param = jnp.float32 if param_dtype is None else param_dtype
+        dtypes = DTypes(dtype, param, residual_dtype)
         self.config = config
         self.image_encoder = ImageEncoder(
             config.image_encoder,
@@ -98,6 +102,7 @@ class Sam(nnx.Module):
         sparsity: Sparsity | None = None,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike | None = None,
+        residual_dtype: DTypeLike | None = None,
         implementation: Implementation = "auto",
     ) -> Sam:
         """Load converted weights.
@@ -107,6 +112,7 @@ class Sam(nnx.Module):
             sparsity: What the image encoder keeps; None is dense, SAM exactly.
             dtype: Compute dtype.
             param_dtype: Dtype of the parameters; None is the compute dtype.
+            residual_dtype: As for `Sam`.
             implementation: As for `Sam`.
 
         Raises:
@@ -120,6 +126,7 @@ class Sam(nnx.Module):
             sparsity=sparsity,
             dtype=dtype,
             param_dtype=dtype if param_dtype is None else param_dtype,
+            residual_dtype=residual_dtype,
             implementation=implementation,
         )
         graphdef, state = nnx.split(abstract)
@@ -156,7 +163,8 @@ class Sam(nnx.Module):
         outputs = self.image_encoder.block_outputs(pixels, tables)
         features = self.image_encoder.neck_features(outputs[-1])
         first = min(self.config.image_encoder.global_attn_indexes, default=0)
-        return ImageEmbedding(features, outputs[first] if self.config.hq else None)
+        early = outputs[first].astype(features.dtype) if self.config.hq else None
+        return ImageEmbedding(features, early)
 
     def decode(
         self,

@@ -29,13 +29,13 @@ def inputs(rows: tuple[int, ...], d: int, dtype: str) -> list[jax.Array]:
     return [array.astype(dtype) for array in (3 * x + 5, scale, bias)]
 
 
-def check(out, x, scale, bias):
+def check(out, x, scale, bias, dtype=None):
     """Rounded once: half a unit of the last place, and what float32 is off by."""
-    assert out.dtype == x.dtype
+    assert out.dtype == (dtype or x.dtype)
     want = [np.asarray(array, np.float64) for array in (x, scale, bias)]
     centred = want[0] - want[0].mean(-1, keepdims=True)
     normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
-    got, half_unit = np.asarray(out, np.float64), float(jnp.finfo(x.dtype).eps) / 2
+    got, half_unit = np.asarray(out, np.float64), float(jnp.finfo(out.dtype).eps) / 2
     np.testing.assert_allclose(got, normed * want[1] + want[2], rtol=1.01 * half_unit, atol=1e-5)
 
 
@@ -43,18 +43,23 @@ def check(out, x, scale, bias):
 def test_xla(dtype):
     arrays = inputs((2, 3, 5), 24, dtype)
     check(layer_norm(*arrays, implementation="xla"), *arrays)
+    check(layer_norm(*arrays, dtype="float16", implementation="xla"), *arrays, "float16")
 
 
 @needs_mosaic
 @pytest.mark.parametrize(
-    ("rows", "d", "dtype"),
-    [((2, 4, 8), 192, "bfloat16"), ((1, 3, 7), 64, "float16"), ((16,), 1280, "bfloat16")],
+    ("rows", "d", "dtype", "out_dtype"),
+    [
+        ((2, 4, 8), 192, "bfloat16", None),
+        ((1, 3, 7), 64, "float16", None),
+        ((16,), 1280, "float16", "bfloat16"),
+    ],
 )
-def test_interpreted_kernel(rows, d, dtype):
+def test_interpreted_kernel(rows, d, dtype, out_dtype):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    arrays = inputs(rows, d, dtype)
-    check(mosaic_layer_norm(*arrays, interpret=plgpu.InterpretGPUParams()), *arrays)
+    arrays, interpret = inputs(rows, d, dtype), plgpu.InterpretGPUParams()
+    check(mosaic_layer_norm(*arrays, dtype=out_dtype, interpret=interpret), *arrays, out_dtype)
 
 
 @needs_mosaic
@@ -81,18 +86,21 @@ def test_errors():
     x, scale, bias = inputs((4,), 96, "float32")
     with pytest.raises(ValueError, match="scale must have shape"):
         layer_norm(x, scale[:32], bias)
-    with pytest.raises(ValueError, match="x must be bfloat16 or float16, got float32; d must be"):
+    expected = "x must be bfloat16 or float16, got float32; dtype must be .*; d must be"
+    with pytest.raises(ValueError, match=expected):
         layer_norm(x, scale, bias, implementation="mosaic_gpu")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"), [("bfloat16", None), ("float16", None), ("float16", "bfloat16")]
+)
 @pytest.mark.parametrize("rows", [(8, 64, 64), (3, 7)])
 @pytest.mark.parametrize("d", [192, 768, 1024, 1280])
-def test_error_and_repeats_on_gpu(d, rows, dtype):
+def test_error_and_repeats_on_gpu(d, rows, dtype, out_dtype):
     arrays = inputs(rows, d, dtype)
-    run = jax.jit(lambda *a: layer_norm(*a, implementation="mosaic_gpu"))
+    run = jax.jit(lambda *a: layer_norm(*a, dtype=out_dtype, implementation="mosaic_gpu"))
     first = run(*arrays)
-    check(first, *arrays)
+    check(first, *arrays, out_dtype)
     for _ in range(20):
         assert bool((run(*arrays) == first).all())

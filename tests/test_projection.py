@@ -24,13 +24,15 @@ TOLERANCE = {"bfloat16": 5e-3, "float16": 1e-3}
 SMALL = Config(tile_n=64, num_stages=2, num_programs=2)
 
 
-def inputs(rows: tuple[int, ...], d: int, n: int, dtype: str = "bfloat16") -> list[jax.Array]:
-    """x, kernel, bias and residual."""
+def inputs(
+    rows: tuple[int, ...], d: int, n: int, dtype: str = "bfloat16", stream: str | None = None
+) -> list[jax.Array]:
+    """x, kernel and bias, and a residual that may have another dtype."""
     shapes = ((*rows, d), (d, n), (n,), (*rows, n))
     keys = jax.random.split(jax.random.key(0), len(shapes))
     x, kernel, bias, residual = (jax.random.normal(*z) for z in zip(keys, shapes, strict=True))
-    arrays = (x, kernel * d**-0.5, bias, residual)
-    return [array.astype(dtype) for array in arrays]
+    arrays = [array.astype(dtype) for array in (x, kernel * d**-0.5, bias)]
+    return [*arrays, residual.astype(stream or dtype)]
 
 
 def expected(x, kernel, bias, residual=None):
@@ -51,24 +53,32 @@ def test_xla(with_residual):
     np.testing.assert_allclose(out, expected(*arrays, residual), atol=1e-5)
 
 
+def test_xla_keeps_the_residuals_dtype():
+    *arrays, residual = inputs((2, 3, 5), 24, 40, "bfloat16", "float16")
+    out = projection(*arrays, residual=residual, implementation="xla")
+    assert out.dtype == jnp.float16
+    assert error(out, expected(*arrays, residual)) < TOLERANCE["bfloat16"]
+
+
 @needs_mosaic
 @pytest.mark.parametrize(
-    ("rows", "with_residual", "dtype"),
+    ("rows", "dtype", "stream"),
     [
-        ((1, 16, 16), False, "bfloat16"),
-        ((2, 8, 16), True, "float16"),
-        ((1, 9, 8), True, "bfloat16"),
+        ((1, 16, 16), "bfloat16", None),
+        ((2, 8, 16), "float16", "float16"),
+        ((1, 9, 8), "bfloat16", "bfloat16"),
+        ((1, 16, 8), "bfloat16", "float16"),
     ],
 )
-def test_interpreted_kernel(rows, with_residual, dtype):
+def test_interpreted_kernel(rows, dtype, stream):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    *arrays, residual = inputs(rows, 64, 64, dtype)
-    residual = residual if with_residual else None
+    *arrays, residual = inputs(rows, 64, 64, dtype, stream)
+    residual = residual if stream else None
     options = {"config": SMALL, "interpret": plgpu.InterpretGPUParams()}
     out = mosaic_projection(*arrays, residual=residual, **options)
-    assert out.dtype == arrays[0].dtype
-    assert error(out, expected(*arrays, residual)) < TOLERANCE[dtype]
+    assert out.dtype == (stream or dtype)
+    assert error(out, expected(*arrays, residual)) < TOLERANCE[stream or dtype]
 
 
 @needs_mosaic
@@ -78,7 +88,8 @@ def test_lowers_for_every_preset(preset, batch):
     encoder = PRESETS[preset].image_encoder
     d, side = encoder.embed_dim, encoder.grid_size
     x = jax.ShapeDtypeStruct((batch, side, side, d), jnp.bfloat16)
-    for n, residual in ((3 * d, None), (d, x)):
+    stream = jax.ShapeDtypeStruct(x.shape, jnp.float16)
+    for n, residual in ((3 * d, None), (d, x), (d, stream)):
         kernel = jax.ShapeDtypeStruct((d, n), jnp.bfloat16)
         bias = jax.ShapeDtypeStruct((n,), jnp.float32)
         traced = jax.jit(lambda *a: mosaic_projection(*a[:3], residual=a[3])).trace(
@@ -100,18 +111,29 @@ def test_errors():
         projection(x, kernel[:32], bias)
     with pytest.raises(ValueError, match="residual must have shape"):
         projection(x, kernel, bias, residual=residual[:2])
-    with pytest.raises(ValueError, match="all bfloat16 or all float16"):
-        projection(x.astype(jnp.float32), kernel, bias, implementation="mosaic_gpu")
+    options = {"implementation": "mosaic_gpu"}
+    with pytest.raises(ValueError, match="x and kernel must be both bfloat16 or both float16"):
+        projection(x.astype(jnp.float32), kernel, bias, **options)
+    with pytest.raises(ValueError, match="residual must be bfloat16 or float16, got float32"):
+        projection(x, kernel, bias, residual=residual.astype(jnp.float32), **options)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "stream"),
+    [
+        ("bfloat16", None),
+        ("float16", None),
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("bfloat16", "float16"),
+    ],
+)
 @pytest.mark.parametrize("d", [192, 768, 1024, 1280])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_error_and_repeats_on_gpu(batch, d, with_residual, dtype):
-    *arrays, residual = inputs((batch, 64, 64), d, d if with_residual else 3 * d, dtype)
-    residual = residual if with_residual else None
+def test_error_and_repeats_on_gpu(batch, d, dtype, stream):
+    *arrays, residual = inputs((batch, 64, 64), d, d if stream else 3 * d, dtype, stream)
+    residual = residual if stream else None
     options = {"implementation": "mosaic_gpu"}
     run = jax.jit(lambda *a, residual: projection(*a, residual=residual, **options))
     first = run(*arrays, residual=residual)
@@ -120,6 +142,6 @@ def test_error_and_repeats_on_gpu(batch, d, with_residual, dtype):
         residual=None if residual is None else residual.astype(jnp.float32),
         implementation="xla",
     )
-    assert error(first, np.asarray(want, np.float64)) <= TOLERANCE[dtype]
+    assert error(first, np.asarray(want, np.float64)) <= TOLERANCE[stream or dtype]
     for _ in range(20):
         assert bool((run(*arrays, residual=residual) == first).all())

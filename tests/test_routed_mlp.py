@@ -42,9 +42,10 @@ def block(
     h: int = 128,
     dtype: str = "bfloat16",
     vectors: str = "float32",
+    stream: str | None = None,
     seed: int = 0,
 ) -> tuple[jax.Array, jax.Array, MLPWeights]:
-    """Random x, token_index and weights."""
+    """Random x, in the dtype of the products or another, token_index and weights."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape, scale=1.0, offset=0.0, dtype=vectors):
@@ -59,7 +60,7 @@ def block(
         kernel2=normal(h, d, scale=h**-0.5, dtype=dtype),
         bias2=normal(d, scale=0.5),
     )
-    x = normal(batch, num_tokens, d, scale=2.0, offset=0.5, dtype=dtype)
+    x = normal(batch, num_tokens, d, scale=2.0, offset=0.5, dtype=stream or dtype)
     return x, jnp.asarray(np.stack(index), jnp.int32), weights
 
 
@@ -74,7 +75,7 @@ def check(out: jax.Array, x: jax.Array, index: jax.Array | None, weights: MLPWei
     np.put_along_axis(routed, np.asarray(index), True, axis=1)
     got = np.asarray(out.astype(jnp.float32))[routed]
     want = np.asarray(want)[routed]
-    assert np.linalg.norm(got - want) / np.linalg.norm(want) < TOLERANCE[str(x.dtype)]
+    assert np.linalg.norm(got - want) / np.linalg.norm(want) < TOLERANCE[str(weights.kernel1.dtype)]
     got, want = (np.asarray(a).view(np.int16)[~routed] for a in (out, x))
     np.testing.assert_array_equal(got, want)
 
@@ -129,6 +130,7 @@ INTERPRETED = {
     "ragged, shared tiles": (dict(batch=3, routed=22, d=192, h=192), (SHARED, SHARED)),
     "ragged, in turns": (dict(batch=3, routed=22, d=64, h=256), (TURNS, TURNS)),
     "cluster": (dict(d=128, h=256, dtype="float16"), (CLUSTER, CLUSTER)),
+    "another dtype of the stream": (dict(routed=22, stream="float16"), None),
 }
 
 
@@ -148,9 +150,17 @@ def test_interpreted_routed_kernels(name):
 
 
 @needs_mosaic
-def test_interpreted_dense_kernels():
-    x, _, weights = block(num_tokens=128)
+@pytest.mark.parametrize("stream", ["bfloat16", "float16"])
+def test_interpreted_dense_kernels(stream):
+    x, _, weights = block(num_tokens=128, stream=stream)
     check(interpreted(mosaic_mlp)(x, weights), x, None, weights)
+
+
+@pytest.mark.parametrize("stream", ["bfloat16", "float16"])
+def test_xla_keeps_the_streams_dtype(stream):
+    x, index, weights = block(stream=stream)
+    check(routed_mlp(x, index, weights, implementation="xla"), x, index, weights)
+    check(mlp(x, weights, implementation="xla"), x, None, weights)
 
 
 @needs_mosaic
@@ -168,7 +178,7 @@ def lowered(d: int, density: float, batch: int, num_tokens: int = 4096) -> str:
 
     h = 4 * d
     weights = MLPWeights(struct(d), struct(d), struct(d, h), struct(h), struct(h, d), struct(d))
-    x = struct(batch, num_tokens, d)
+    x = struct(batch, num_tokens, d, dtype="float16")
     if density == 1.0:
         traced = jax.jit(mosaic_mlp).trace(x, weights)
     else:
@@ -191,8 +201,9 @@ def test_mosaic_gpu_raises_where_it_cannot_run():
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        (dict(dtype="float32"), "all bfloat16 or all float16, got float32"),
-        (dict(vectors="float16"), "norm_scale must have the dtype of x or float32, got float16"),
+        (dict(stream="float32"), "x must be bfloat16 or float16, got float32"),
+        (dict(dtype="float32"), "kernel1 and kernel2 must be both bfloat16 or both float16"),
+        (dict(vectors="int32"), "norm_scale must be float32, bfloat16 or float16, got int32"),
         (dict(d=72), "d must be a multiple of 64 up to 8192, got 72"),
         (dict(h=96), "h must be a multiple of 64 up to 8192, got 96"),
     ],
@@ -261,13 +272,15 @@ def test_benchmark_checks_before_it_times(part, density, tmp_path, monkeypatch):
 @pytest.mark.parametrize("density", [1.0, 0.4, 0.3])
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_error_and_repeats_on_gpu(dtype, width, batch, density):
+@pytest.mark.parametrize(
+    ("dtype", "stream"),
+    [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float16")],
+)
+def test_error_and_repeats_on_gpu(dtype, stream, width, batch, density):
     seed = int.from_bytes(os.urandom(3))
     routed = round(density * 4096)
-    x, index, weights = block(
-        batch=batch, num_tokens=4096, routed=routed, d=width, h=4 * width, dtype=dtype, seed=seed
-    )
+    shape = dict(batch=batch, num_tokens=4096, routed=routed, d=width, h=4 * width)
+    x, index, weights = block(**shape, dtype=dtype, stream=stream, seed=seed)
     if density == 1.0:
         run, index = functools.partial(jax.jit(mosaic_mlp), x, weights), None
     else:

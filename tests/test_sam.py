@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import random_weights
+from models import SMALL, random_weights
 
 from sparsesam_jax import PRESETS, Sam, Sparsity
 from sparsesam_jax.prompt_encoder import ABSENT
@@ -46,6 +46,10 @@ def pure(sam: Sam):
 
 # One function, so that tests share its compilations: those are what takes time here.
 encode_jitted = nnx.jit(lambda encoder, x: encoder(x))
+
+
+def relative_error(got: jax.Array, want: jax.Array) -> float:
+    return float(np.linalg.norm(np.float32(got) - want) / np.linalg.norm(want))
 
 
 def encode(sam: Sam, x: jax.Array) -> jax.Array:
@@ -175,7 +179,7 @@ def test_low_precision(weights_file, sparsity, dtype, param_dtype):
     out = encode(sam, pixels(1))
     assert out.dtype == dtype
     assert sam.image_encoder.pos_embed[...].dtype == (param_dtype or dtype)
-    error = np.linalg.norm(np.float32(out) - reference) / np.linalg.norm(reference)
+    error = relative_error(out, reference)
     assert error < {jnp.bfloat16: 3e-2, jnp.float16: 4e-3}[dtype]
 
 
@@ -228,6 +232,29 @@ def test_sparsity_saves_work():
     assert flops(sam.with_sparsity(Sparsity.released(0.3))) <= 0.70 * dense
 
 
+def test_residual_dtype(tmp_path):
+    """By default the stream of a bfloat16 model is float16, for that is closer to float32."""
+    deep = dataclasses.replace(
+        SMALL, image_encoder=dataclasses.replace(SMALL.image_encoder, depth=12)
+    )
+    path, x = random_weights(tmp_path / "deep.safetensors", deep), pixels(1)
+
+    def run(dtype, residual_dtype=None) -> tuple[jax.Array, jax.Array]:
+        dtypes = {"dtype": dtype, "param_dtype": jnp.bfloat16, "residual_dtype": residual_dtype}
+        encoder = Sam.from_pretrained(path, **dtypes).image_encoder
+        stream = nnx.jit(lambda encoder, x: encoder.block_outputs(x)[-1])(encoder, x)
+        return stream, nnx.jit(lambda encoder, x: encoder.neck_features(x))(encoder, stream)
+
+    _, want = run(jnp.float32)
+    errors = []
+    for chosen, expected in ((None, jnp.float16), (jnp.bfloat16, jnp.bfloat16)):
+        stream, features = run(jnp.bfloat16, chosen)
+        assert (stream.dtype, features.dtype) == (expected, jnp.bfloat16)
+        errors.append(relative_error(features, want))
+    assert errors[0] < 0.8 * errors[1]
+    assert run(jnp.float16)[0].dtype == jnp.float16
+
+
 def test_errors(weights_file, tmp_path):
     sam = Sam.from_pretrained(weights_file)
     with pytest.raises(ValueError, match=r"pixels must be .* divisible by 16"):
@@ -240,3 +267,5 @@ def test_errors(weights_file, tmp_path):
         Sam.from_pretrained(tmp_path / "missing.safetensors")
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
         Sam.from_pretrained(weights_file, dtype=jnp.float64)
+    with pytest.raises(ValueError, match="residual_dtype must be float32, bfloat16 or float16"):
+        Sam.from_pretrained(weights_file, residual_dtype=jnp.int8)
