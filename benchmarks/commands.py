@@ -119,6 +119,7 @@ def encoder(
     ] = None,
     ranking: Annotated[str | None, typer.Option(help="Of `Sparsity`, sparse cases.")] = None,
     split: Annotated[str | None, typer.Option(help="Of `Sparsity`, sparse cases.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of all: bfloat16 without it.")] = None,
     check: Annotated[bool, typer.Option(help="Compare with float32 XLA before timing.")] = True,
     decomposition: Annotated[
         list[float] | None,
@@ -146,6 +147,7 @@ def encoder(
         densities=density,
         implementations=implementation,
         sparse={name: value for name, value in sparse.items() if value},
+        dtype=dtype,
         check=check,
         decomposition=decomposition,
         runs=runs,

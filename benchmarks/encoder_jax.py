@@ -77,6 +77,7 @@ def build(
         "temp_mib": sizes.temp_size_in_bytes / 2**20,
         "argument_mib": sizes.argument_size_in_bytes / 2**20,
         "device": device_name(),
+        "what": f"this project, its residual stream {jnp.dtype(encoder.dtypes.residual).name}",
     }
 
     def launch() -> jax.Array:

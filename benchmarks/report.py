@@ -39,7 +39,13 @@ def write(results: Path, out: Path) -> None:
 
     found = report_data.newest(results)
     device = report_data.main_device(found)
-    pictures = report_plots.draw([r for r in found if r["device"] == device], out.parent, out.stem)
+    dtype = report_data.main_dtype(found)
+    shown = [
+        r
+        for r in found
+        if r["device"] == device and (r["suite"] != "encoder" or r["dtype"] == dtype)
+    ]
+    pictures = report_plots.draw(shown, out.parent, out.stem)
     out.write_text(document(found, pictures), encoding="utf-8")
 
 
@@ -50,6 +56,7 @@ def document(found: Sequence[Record], pictures: dict[str, str]) -> str:
         own = report_data.measured(found, "encoder", device)
         shown = pictures if device == main else {}
         parts.append(_encoder(device, own, shown))
+        own = [r for r in own if r["dtype"] == report_data.main_dtype(own)]
         parts.append(_decomposition(own, shown))
         parts.append(_parts(own, shown))
     for device in report_data.devices(found, "kernels"):
@@ -73,11 +80,11 @@ def _missing(found: Sequence[Record]) -> str:
 
 
 def _encoder(device: str, own: Sequence[Record], pictures: dict[str, str]) -> str:
-    lines = [
-        [r["model"], f"{r['batch']}", _density(r), _name(r), *_cells(r)]
-        for r in own
-        if r["sparse"] != "attention"
-    ]
+    dtype, lines = report_data.main_dtype(own), []
+    for r in own:
+        if r["sparse"] != "attention":
+            name = _name(r) if r["dtype"] == dtype else f"{_name(r)} {r['dtype']}"
+            lines.append([r["model"], f"{r['batch']}", _density(r), name, *_cells(r)])
     text = f"{_provenance(device, own)} Error: relative, Frobenius.{_what(own)}"
     columns = ["model", "batch", "density", "implementation", *_COLUMNS]
     return section("Image encoder", text, columns, lines, pictures.get("encoder"))

@@ -136,8 +136,16 @@ def devices(found: Sequence[Record], suite: str) -> list[str]:
 
 def main_device(found: Sequence[Record]) -> str | None:
     """Where most encoders were measured: the pictures show that device alone."""
-    own = [str(r["device"]) for r in measured(found, "encoder")]
-    return max(sorted(set(own)), key=own.count, default=None)
+    return _most([str(r["device"]) for r in measured(found, "encoder")])
+
+
+def main_dtype(found: Sequence[Record]) -> str | None:
+    """What most encoders were measured in: others are in the first table alone."""
+    return _most([str(r["dtype"]) for r in measured(found, "encoder")])
+
+
+def _most(names: Sequence[str]) -> str | None:
+    return max(sorted(set(names)), key=names.count, default=None)
 
 
 def parts(record: Record) -> dict[str, float]:

@@ -121,6 +121,24 @@ def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert parts in text
 
 
+def test_another_dtype_is_in_the_first_table_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    written = []
+    for other in (
+        [],
+        [encoder("mosaic_gpu", 1.0, 8.75, dtype="float16", parts_ms={"matmul": 1.0})],
+    ):
+        results = write(tmp_path / "results", [*RECORDS, *other])
+        report.write(results, folder / "benchmarks.md")
+        written.append(contents(folder))
+    usual, both = written
+    line = "| vit_l | 8 | dense | mosaic_gpu float16 | 8.75 | "
+    before, after = (x["benchmarks.md"].decode().splitlines() for x in written)
+    assert [x for x in after if not x.startswith(line)] == before != after
+    assert all(both[name] == usual[name] for name in usual if name.endswith(".svg"))
+
+
 def test_newest_record_wins(tmp_path: Path) -> None:
     later = {"time": "2026-02-01T00:00:00+00:00"}
     write(tmp_path, [encoder("xla", 1.0, 2.0, **later), encoder("mosaic_gpu", 1.0, 3.0)], "a.jsonl")
