@@ -168,19 +168,22 @@ def plan(case: Case, config: Config | None) -> gpu_table.Programs:
     def prepare(arrays: Arguments) -> tuple[Any, ...]:
         nonlocal statics
         arrays = bound(arrays)
-        prepared = stripe_attention._prepare(*arrays[:4], case.layout)
-        streamed, grid = prepared.sequence is not None, (case.side, case.side)
+        grid, images = (case.side, case.side), range(case.batch)
+        blocks = stripe_attention._find_blocks(grid, arrays.sequence, case.layout)
+        prepared = stripe_attention._prepare(*arrays[:3], blocks, images)
+        streamed = blocks.sequence is not None
         used = config or stripe_attention.fitting_config(grid, case.head_dim, tiles=not streamed)
         assert used is not None, "no configuration fits"
-        statics = Statics(case.layout, used, prepared.tiling, streamed, case.num_heads, False)
-        table = step_table(prepared.tile_of_block, case.layout, arrays.block_order, used.block_kv)
-        return prepared.qkv, prepared.operands, table
+        sizes = case.num_heads, case.batch, case.batch
+        statics = Statics(case.layout, used, blocks.tiling, streamed, *sizes, False)
+        table = step_table(blocks.tile_of_block, case.layout, arrays.block_order, used.block_kv)
+        return *prepared, table
 
     pairs = float(case.layout.block_mask.sum()) * case.layout.block_q * case.layout.block_kv
     return gpu_table.Programs(
         whole=whole,
         prepare=prepare,
-        kernel=lambda operands: launch(statics, *operands),
+        kernel=lambda operands: launch(statics, None, *operands),
         arrays=arguments._replace(sequence=None) if is_static else arguments,
         error=lambda out: relative_error(case, out, arguments),
         flops=4 * case.batch * case.num_heads * case.head_dim * pairs,

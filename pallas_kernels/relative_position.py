@@ -36,7 +36,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import reference
 from pallas_kernels.boxes import SMEM_BYTES, as_box, buffer, map_boxes, split_head_dim
 from pallas_kernels.implementation import no_gradient
-from pallas_kernels.tiles import BLOCK, CHUNK, div_rem
+from pallas_kernels.tiles import BLOCK, CHUNK, chosen_images, div_rem
 
 NUM_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200 (SXM)
 
@@ -75,6 +75,7 @@ class Statics(NamedTuple):
 
     num_heads: int
     config: Config
+    num_images: int
     num_programs: int
     interpret: Any
 
@@ -116,24 +117,28 @@ def own_columns(product: Any, place: Any) -> Any:
 
 
 def _kernel(
-    qkv_gmem, tables_gmem, *out_gmem,
+    first_gmem, qkv_gmem, tables_gmem, *out_gmem,
     q_smem, tables_smem, out_smem, q_full, tables_full, statics,
 ):  # fmt: skip
-    num_heads, config, _, interpret = statics
+    num_heads, config, num_images, _, interpret = statics
+    first_image = 0 if first_gmem is None else first_gmem[0]
     side, width, num_chunks, num_stages = config
-    batch, head_dim = qkv_gmem.shape[0], qkv_gmem.shape[-1]
+    head_dim = qkv_gmem.shape[-1]
     parts = split_head_dim(head_dim)
     spans = [pl.ds(sum(parts[:p]), part) for p, part in enumerate(parts)]
     tile = (lax.axis_index("row") * side, lax.axis_index("col") * side)
     split, num_splits = lax.axis_index("split"), lax.axis_size("split")
-    steps = lax.div(batch * num_heads // config.heads - 1 - split, num_splits) + 1
+    steps = lax.div(num_images * num_heads // config.heads - 1 - split, num_splits) + 1
     firsts = [(axis, i) for axis in range(2) for i in range(0, tables_gmem[axis].shape[2], width)]
     chunks = [Chunk(number, *first) for number, first in enumerate(firsts)]
     turns = [chunks[i : i + num_chunks] for i in range(0, len(chunks), num_chunks)]
 
-    def boxes(step: Any, gmem: Any, span: Any, smem: Any, slot: Any) -> Iterator[tuple[Any, Any]]:
+    def boxes(
+        step: Any, gmem: Any, span: Any, smem: Any, slot: Any, first: Any = 0
+    ) -> Iterator[tuple[Any, Any]]:
         """The step's tile of a map beside the rows of `smem` that it fills."""
         image, group = div_rem(split + step * num_splits, num_heads // config.heads)
+        image += first
         columns = (pl.ds(group * config.heads, config.heads), span)
         if interpret:  # has no reshaped references
             for token in range(side**2):
@@ -147,7 +152,7 @@ def _kernel(
     def load(step: Any) -> None:
         slot = lax.rem(step, num_stages)
         for smem, span in zip(q_smem, spans, strict=True):
-            for source, target in boxes(step, qkv_gmem, span, smem, slot):
+            for source, target in boxes(step, qkv_gmem, span, smem, slot, first_image):
                 plgpu.copy_gmem_to_smem(source, target, q_full.at[slot])
 
     def multiply(slot: Any, turn: list[Chunk]) -> list[Any]:
@@ -196,30 +201,33 @@ def _kernel(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _launch(statics: Statics, qkv: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
+def _launch(
+    statics: Statics, first: Array | None, qkv: Array, tables: tuple[Array, Array]
+) -> tuple[Array, Array]:
     """Run the kernel.
 
     Args:
         statics: What is known when the launch is traced.
+        first: The first of its images, int32 [1]; None is the batch's.
         qkv: [B, Gh, Gw, 3 H, D], 16-bit floats: q of all heads, then others.
         tables: rel_pos_h and rel_pos_w, [1, Gh, Sh, D] and [1, Gw, Sw, D]: maps to copy boxes of.
 
     Returns:
-        rel_h and rel_w, [B, Gh, Gw, H, Sh] and [B, Gh, Gw, H, Sw].
+        rel_h and rel_w of the launch's images, [images, Gh, Gw, H, Sh] and [images, Gh, Gw, H, Sw].
     """
-    num_heads, config, num_programs, interpret = statics
+    num_heads, config, num_images, num_programs, interpret = statics
     side, width, num_chunks, num_stages = config
-    batch, height, map_width, _, head_dim = qkv.shape
+    _, height, map_width, _, head_dim = qkv.shape
     parts, grid = split_head_dim(head_dim), (height // side, map_width // side)
-    items = batch * num_heads // config.heads
+    items = num_images * num_heads // config.heads
     num_splits = min(items, max(num_programs // (grid[0] * grid[1]), 1))
     total = sum(table.shape[2] for table in tables) // width
     token_copies, table_copies = (side**2, side) if interpret else (1, 1)  # that a box takes
+    shape = (num_images, height, map_width, num_heads)
     kernel = plgpu.kernel(
         functools.partial(_kernel, statics=statics),
         out_type=tuple(
-            jax.ShapeDtypeStruct((*qkv.shape[:3], num_heads, table.shape[2]), qkv.dtype)
-            for table in tables
+            jax.ShapeDtypeStruct((*shape, table.shape[2]), qkv.dtype) for table in tables
         ),
         scratch_types=dict(
             q_smem=[buffer(qkv.dtype, num_stages, BLOCK, part) for part in parts],
@@ -236,7 +244,7 @@ def _launch(statics: Statics, qkv: Array, tables: tuple[Array, Array]) -> tuple[
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel(qkv, tables)
+    return kernel(first, qkv, tables)
 
 
 _launch.defjvp(no_gradient("attention"))
@@ -250,9 +258,12 @@ def xla_relative_position(
     qkv: Float[Array, "B Gh Gw 3 H D"],
     rel_pos_h: Float[Array, "Gh Sh D"],
     rel_pos_w: Float[Array, "Gw Sw D"],
-) -> tuple[Float[Array, "B Gh Gw H Sh"], Float[Array, "B Gh Gw H Sw"]]:
+    images: range | None = None,
+) -> tuple[Float[Array, "images Gh Gw H Sh"], Float[Array, "images Gh Gw H Sw"]]:
     """What `relative_position` computes, as plain XLA and for any shapes."""
-    rel_h, rel_w = reference.relative_position(qkv[:, :, :, 0], rel_pos_h, rel_pos_w)
+    images = images or range(len(qkv))
+    q = qkv[images.start : images.stop, :, :, 0]
+    rel_h, rel_w = reference.relative_position(q, rel_pos_h, rel_pos_w)
     root = math.sqrt(qkv.shape[-1])
     return (rel_h * root).astype(qkv.dtype), (rel_w * root).astype(qkv.dtype)
 
@@ -261,10 +272,11 @@ def relative_position(
     qkv: Float[Array, "B Gh Gw 3 H D"],
     rel_pos_h: Float[Array, "Gh Sh D"],
     rel_pos_w: Float[Array, "Gw Sw D"],
+    images: range | None = None,
     *,
     num_programs: int = NUM_PROGRAMS,
     interpret: Any = False,
-) -> tuple[Float[Array, "B Gh Gw H Sh"], Float[Array, "B Gh Gw H Sw"]]:
+) -> tuple[Float[Array, "images Gh Gw H Sh"], Float[Array, "images Gh Gw H Sw"]]:
     """`sqrt(D) q . rel_pos_h[y, i]` and `sqrt(D) q . rel_pos_w[x, j]`, as a kernel.
 
     Where `supports` says that the kernel does not fit, XLA runs it.
@@ -274,6 +286,7 @@ def relative_position(
         rel_pos_h: What every row of the map adds for every key row, dtype of qkv. The kernel takes
             whole chunks of 16 key rows, so that they should be padded to these.
         rel_pos_w: The same for columns.
+        images: Those of the batch whose bias is asked for; None is all.
         num_programs: Programs at most, or one for each tile of the map where there are more tiles.
         interpret: For tests: parameters of Mosaic GPU's interpret mode.
 
@@ -283,9 +296,10 @@ def relative_position(
     batch, height, width, _, heads, head_dim = qkv.shape
     num_keys = rel_pos_h.shape[1], rel_pos_w.shape[1]
     if not supports(qkv.shape, num_keys, qkv.dtype):
-        return xla_relative_position(qkv, rel_pos_h, rel_pos_w)
+        return xla_relative_position(qkv, rel_pos_h, rel_pos_w, images)
     config = fitting_config(heads, head_dim, num_keys)
     assert config is not None, "supports checks that a configuration fits"
     flat = qkv.reshape(batch, height, width, 3 * heads, head_dim)
-    statics = Statics(heads, config, num_programs, interpret)
-    return launch(statics, flat, (rel_pos_h[None], rel_pos_w[None]))
+    images, first = chosen_images(images, batch)
+    statics = Statics(heads, config, len(images), num_programs, interpret)
+    return launch(statics, first, flat, (rel_pos_h[None], rel_pos_w[None]))

@@ -11,8 +11,10 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
@@ -21,30 +23,28 @@ from pallas_kernels.implementation import Implementation, resolve
 from pallas_kernels.relative_position import relative_position, xla_relative_position
 from pallas_kernels.stripe_kernel import Config, Operands, Statics, launch
 from pallas_kernels.tile_position import supports_tiles, tile_position
-from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, find_tiling, step_table
+from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, chosen_images, find_tiling, step_table
 from pallas_kernels.tuning import tuned
 
 Sequence = Array | np.ndarray  # static where it is a numpy array
-TileBias = Callable[[Array, Array, Array, Tiling], tuple[Array, Array]]
-MapBias = Callable[[Array, Array, Array], tuple[Array, Array]]
+TileBias = Callable[[Array, Array, Array, Tiling, range], tuple[Array, Array]]
+MapBias = Callable[[Array, Array, Array, range], tuple[Array, Array]]
+
+IMAGES_AT_ONCE = 4  # at most: so many have their bias, or their sequence, in memory
 
 
-class _Prepared(NamedTuple):
-    """The kernel's arguments, for tiles or for a sequence.
+class _Blocks(NamedTuple):
+    """What the layout cuts into blocks: tiles or a sequence.
 
     Attributes:
         tiling: Which tokens make a block.
         tile_of_block: Tile of every block of the layout.
-        sequence: The order of the tokens that the arrays have; None for tiles, which have none.
-        qkv: [B, Gh, Gw, 3 H, D] as the tiling views it.
-        operands: The position bias.
+        sequence: The order that tokens are gathered in; None for tiles, which are read in place.
     """
 
     tiling: Tiling
     tile_of_block: np.ndarray
     sequence: Sequence | None
-    qkv: Array
-    operands: Operands
 
 
 def fitting_config(grid: tuple[int, int], head_dim: int, *, tiles: bool) -> Config | None:
@@ -58,23 +58,51 @@ def fitting_config(grid: tuple[int, int], head_dim: int, *, tiles: bool) -> Conf
     return next((c for c in configs if c.fits(head_dim, query_bias, key_bias)), None)
 
 
-def _tiles(
-    grid: tuple[int, int], sequence: Sequence | None, layout: BlockLayout
-) -> tuple[Tiling, np.ndarray] | None:
-    """The tiling of a call's blocks and the tile of each; None where they are no tiles."""
+def image_groups(batch: int, items: int, num_programs: int) -> list[range]:
+    """The images that the kernel attends to at once, one group after the other.
+
+    Programs take an item each, in waves: of all sizes of a group that make the fewest waves it is
+    the smallest, which needs the least memory, but no less than two images.
+
+    Args:
+        batch: Images.
+        items: Items of work of an image.
+        num_programs: Programs of a launch.
+    """
+
+    def groups(size: int) -> list[range]:
+        return [range(i, min(i + size, batch)) for i in range(0, batch, size)]
+
+    def waves(size: int) -> int:
+        return sum(-(-len(images) * items // num_programs) for images in groups(size))
+
+    if batch <= IMAGES_AT_ONCE:
+        return [range(batch)]
+    return groups(min(range(2, IMAGES_AT_ONCE + 1), key=waves))
+
+
+def _find_blocks(grid: tuple[int, int], sequence: Sequence | None, layout: BlockLayout) -> _Blocks:
+    """The blocks of a call: tiles wherever they are."""
+    found = None
     if sequence is None or layout.is_dense:  # all keys meet all queries in any order
-        return find_tiling(grid, None, layout)
-    if isinstance(sequence, np.ndarray) and sequence.ndim == 1:
-        return find_tiling(grid, sequence, layout)
-    return None
+        found = find_tiling(grid, None, layout)
+        sequence = np.arange(layout.seq_len, dtype=np.int32)
+    elif isinstance(sequence, np.ndarray) and sequence.ndim == 1:
+        found = find_tiling(grid, sequence, layout)
+    if found is not None:
+        return _Blocks(*found, None)
+    tiling = Tiling(layout.seq_len // SIDE, SIDE, 1)
+    return _Blocks(tiling, np.arange(tiling.num_tiles, dtype=np.int32), sequence)
 
 
-def _xla_tile_bias(qkv: Array, by_row: Array, by_col: Array, tiling: Tiling) -> tuple[Array, Array]:
+def _xla_tile_bias(
+    qkv: Array, by_row: Array, by_col: Array, tiling: Tiling, images: range
+) -> tuple[Array, Array]:
     """`Operands.rel_h` and `rel_w` of tiles, from tables with key coordinates sorted by parity."""
-    batch, height, _, _, heads, head_dim = qkv.shape
+    _, height, _, _, heads, head_dim = qkv.shape
     stride, tile_rows, tile_cols = tiling.stride, tiling.rows // SIDE, tiling.cols // SIDE
-    q = qkv[:, :, :, 0]
-    q = q.reshape(batch, tile_rows, SIDE, stride, tile_cols, SIDE, stride, heads, head_dim)
+    q = qkv[images.start : images.stop, :, :, 0]
+    q = q.reshape(len(q), tile_rows, SIDE, stride, tile_cols, SIDE, stride, heads, head_dim)
     by_row = by_row.reshape(tile_rows, SIDE, stride, height, head_dim)
     by_col = by_col.reshape(tile_cols, SIDE, stride, -1, CHUNK, head_dim)
     # r, c: tile; p, w: parity of its rows and columns; y, x: token in it; i: key row; k, j: chunk
@@ -89,34 +117,31 @@ def _xla_tile_bias(qkv: Array, by_row: Array, by_col: Array, tiling: Tiling) -> 
 
 
 def _mosaic_tile_bias(
-    qkv: Array, by_row: Array, by_col: Array, tiling: Tiling, **options: Any
+    qkv: Array, by_row: Array, by_col: Array, tiling: Tiling, images: range, **options: Any
 ) -> tuple[Array, Array]:
     """The same, as a kernel where it fits in shared memory; `options` are those of the kernel."""
     batch, height, width, _, heads, head_dim = qkv.shape
     if not supports_tiles((height, width), head_dim):
-        return _xla_tile_bias(qkv, by_row, by_col, tiling)
+        return _xla_tile_bias(qkv, by_row, by_col, tiling, images)
     tables = by_row[tiling.by_parity(height)], by_col[tiling.by_parity(width)]
     view = tiling.view(qkv.reshape(batch, height, width, 3 * heads, head_dim))
-    return tile_position(view, *tables, tiling=tiling, num_heads=heads, **options)
+    options |= dict(tiling=tiling, num_heads=heads, images=images)
+    return tile_position(view, *tables, **options)
 
 
 def _prepare(
     qkv: Array,
     rel_pos_h: Array,
     rel_pos_w: Array,
-    sequence: Sequence | None,
-    layout: BlockLayout,
+    blocks: _Blocks,
+    images: range,
     tile_bias: TileBias = _xla_tile_bias,
     map_bias: MapBias = xla_relative_position,
-) -> _Prepared:
-    grid = (qkv.shape[1], qkv.shape[2])
-    found = _tiles(grid, sequence, layout)
-    if found is not None:
-        tiling, tile_of_block = found
-        return _prepare_tiles(qkv, rel_pos_h, rel_pos_w, tiling, tile_of_block, tile_bias)
-    if sequence is None or layout.is_dense:
-        sequence = np.arange(layout.seq_len, dtype=np.int32)
-    return _prepare_sequence(qkv, rel_pos_h, rel_pos_w, sequence, map_bias)
+) -> tuple[Array, Operands]:
+    """What the kernel reads for some images: qkv as the tiling views it, and the bias."""
+    if blocks.sequence is None:
+        return _prepare_tiles(qkv, rel_pos_h, rel_pos_w, blocks.tiling, images, tile_bias)
+    return _prepare_sequence(qkv, rel_pos_h, rel_pos_w, blocks, images, map_bias)
 
 
 def _prepare_tiles(
@@ -124,37 +149,43 @@ def _prepare_tiles(
     rel_pos_h: Array,
     rel_pos_w: Array,
     tiling: Tiling,
-    tile_of_block: np.ndarray,
+    images: range,
     tile_bias: TileBias,
-) -> _Prepared:
+) -> tuple[Array, Operands]:
     batch, height, width, _, heads, head_dim = qkv.shape
     by_row = rel_pos_h[:, tiling.by_parity(height)]
     by_col = _whole_chunks(rel_pos_w[:, tiling.by_parity(width)])
-    rel_h, rel_w = tile_bias(qkv, by_row, by_col, tiling)
+    rel_h, rel_w = tile_bias(qkv, by_row, by_col, tiling, images)
     flat = tiling.view(qkv.reshape(batch, height, width, 3 * heads, head_dim))
-    return _Prepared(tiling, tile_of_block, None, flat, Operands(rel_h, rel_w))
+    return flat, Operands(rel_h, rel_w)
 
 
 def _prepare_sequence(
-    qkv: Array, rel_pos_h: Array, rel_pos_w: Array, sequence: Sequence, map_bias: MapBias
-) -> _Prepared:
-    batch, height, width, _, heads, _ = qkv.shape
-    seq_len = height * width
-    tiling = Tiling(seq_len // SIDE, SIDE, 1)
+    qkv: Array,
+    rel_pos_h: Array,
+    rel_pos_w: Array,
+    blocks: _Blocks,
+    images: range,
+    map_bias: MapBias,
+) -> tuple[Array, Operands]:
+    _, height, width, _, heads, _ = qkv.shape
+    seq_len, own = height * width, slice(images.start, images.stop)
+    tiling, _, sequence = blocks
+    assert sequence is not None, "tiles are not gathered"
+    sequence = sequence if sequence.ndim == 1 else sequence[own]
 
     def view(x: Array) -> Array:
-        x = permute(x.reshape(batch, seq_len, heads, -1), sequence)
-        return x.reshape(batch, -1, SIDE, heads, x.shape[-1])
+        x = permute(x.reshape(len(x), seq_len, heads, -1), sequence)
+        return x.reshape(len(x), -1, SIDE, heads, x.shape[-1])
 
-    rel_h, rel_w = map_bias(qkv, _whole_chunks(rel_pos_h), _whole_chunks(rel_pos_w))
+    rel_h, rel_w = map_bias(qkv, _whole_chunks(rel_pos_h), _whole_chunks(rel_pos_w), images)
     labels = jnp.stack([sequence // width, sequence % width + rel_h.shape[-1]])
     coordinates = jnp.arange(rel_h.shape[-1] + rel_w.shape[-1]).reshape(-1, 1, CHUNK)
     labels = labels.reshape(2, -1, 1, seq_len, 1)
     onehot = (labels == coordinates).any(0).astype(qkv.dtype)  # [1 or B or B H, chunks, N, 16]
-    flat = jnp.concatenate([view(qkv[:, :, :, i]) for i in range(3)], axis=3)
+    flat = jnp.concatenate([view(qkv[own, :, :, i]) for i in range(3)], axis=3)
     operands = Operands(tiling.view(view(rel_h)), tiling.view(view(rel_w)), onehot)
-    tile_of_block = np.arange(tiling.num_tiles, dtype=np.int32)
-    return _Prepared(tiling, tile_of_block, sequence, tiling.view(flat), operands)
+    return tiling.view(flat), operands
 
 
 def _whole_chunks(rel_pos: Array) -> Array:
@@ -193,7 +224,7 @@ def _problems(qkv: Array, sequence: Sequence | None, layout: BlockLayout) -> lis
     if problems:
         return problems
 
-    tiles = _tiles((height, width), sequence, layout) is not None
+    tiles = _find_blocks((height, width), sequence, layout).sequence is None
     if fitting_config((height, width), head_dim, tiles=tiles) is None:
         problems.append(
             "head_dim and the sides of the map must fit in shared memory, got "
@@ -301,17 +332,32 @@ def mosaic_stripe_attention(
     interpret: Any = False,
 ) -> Array:
     """The kernel on checked arguments; `config` and `interpret` are for tests and tuning."""
-    biases = (
+    biases = [
         functools.partial(f, interpret=interpret) for f in (_mosaic_tile_bias, relative_position)
-    )
-    prepared = _prepare(qkv, rel_pos_h, rel_pos_w, sequence, layout, *biases)
+    ]
     batch, height, width, _, heads, head_dim = qkv.shape
-    streamed = prepared.sequence is not None
+    blocks = _find_blocks((height, width), sequence, layout)
+    streamed = blocks.sequence is not None
     config = config or fitting_config((height, width), head_dim, tiles=not streamed)
     assert config is not None, "the public function checks that a configuration fits"
-    table = step_table(prepared.tile_of_block, layout, block_order, config.block_kv)
-    statics = Statics(layout, config, prepared.tiling, streamed, heads, interpret)
-    out = launch(statics, prepared.qkv, prepared.operands, table)
-    if prepared.sequence is not None:
-        out = permute(out.reshape(batch, -1, heads, head_dim), _inverse(prepared.sequence))
+    out, gathered = None, blocks
+    for images in image_groups(batch, config.items(layout, heads), config.num_programs):
+        if out is not None:  # or XLA could prepare all groups first, and keep all that they need
+            qkv, order, out = _together(qkv, gathered.sequence, out)
+            gathered = blocks._replace(sequence=order)
+        prepared = _prepare(qkv, rel_pos_h, rel_pos_w, gathered, images, *biases)
+        own_order = None if block_order is None else block_order[images.start : images.stop]
+        table = step_table(blocks.tile_of_block, layout, own_order, config.block_kv)
+        own = (len(images), batch, interpret)
+        statics = Statics(layout, config, blocks.tiling, streamed, heads, *own)
+        out = launch(statics, chosen_images(images, batch)[1], *prepared, table, out)
+    assert out is not None, "there is an image"
+    if blocks.sequence is not None:
+        out = permute(out.reshape(batch, -1, heads, head_dim), _inverse(blocks.sequence))
     return out.reshape(batch, height, width, heads, head_dim)
+
+
+def _together(*arrays: Any) -> list[Any]:
+    """The same, none of which XLA uses before all are there; what is not traced stays as it is."""
+    traced = iter(lax.optimization_barrier([x for x in arrays if isinstance(x, jax.Array)]))
+    return [next(traced) if isinstance(x, jax.Array) else x for x in arrays]

@@ -55,6 +55,10 @@ class Config:
     num_stages: int
     num_programs: int = 132
 
+    def items(self, layout: BlockLayout, num_heads: int) -> int:
+        """Items of work of one image, of which every program takes one at a time."""
+        return -(-layout.num_q_blocks // self.num_warpgroups) * num_heads
+
     def fits(self, head_dim: int, query_bias_bytes: int, key_bias_bytes: int) -> bool:
         """Whether a warpgroup has the registers and a program the shared memory it takes.
 
@@ -97,12 +101,13 @@ class _Step(NamedTuple):
 
 
 def _kernel(
-    qkv_gmem, operands, table_gmem, out_gmem,
+    first_gmem, qkv_gmem, operands, table_gmem, out_gmem,
     *, q_smem, out_smem, k_smem, v_smem, rel_smem,
     q_ready, k_ready, v_ready, k_free, v_free, turn,
     statics, onehot_smem: Any = None, p_smem: Any = None,
 ):  # fmt: skip
-    layout, config, tiling, streamed, num_heads, interpret = statics
+    layout, config, tiling, streamed, num_heads, batch_size, _, interpret = statics
+    first_image = 0 if first_gmem is None else first_gmem[0]
     head_dim, dtype = qkv_gmem.shape[-1], qkv_gmem.dtype
     spans, start = [], 0
     for chunk in split_head_dim(head_dim):
@@ -113,7 +118,6 @@ def _kernel(
     num_full, tail = divmod(layout.num_bar_blocks, per_step)
     num_shared = num_full + bool(tail)
     num_steps = num_shared + (num_wgs if layout.diagonal else 0)  # of one item
-    batch_size = qkv_gmem.shape[0] // tiling.rows
     own_blocks = num_shared * per_step  # where the table of each query block's own tile begins
     scale = math.log2(math.e) / math.sqrt(head_dim)
     program, wg = lax.axis_index("program"), lax.axis_index("wg")
@@ -155,9 +159,10 @@ def _kernel(
 
     def load_block(which, batch, head, tile, smem, slot, part, ready):
         head += which * num_heads
+        image = batch if streamed else first_image + batch  # sequences are gathered by launch
         for chunk, span in zip(smem, spans, strict=True):
             rows = pl.ds(part * BLOCK, BLOCK)
-            for source, target in boxes(qkv_gmem, batch, head, tile, span, chunk, slot, rows):
+            for source, target in boxes(qkv_gmem, image, head, tile, span, chunk, slot, rows):
                 plgpu.copy_gmem_to_smem(source, target, ready.at[slot])
 
     @pl.when(wg < num_wgs)
@@ -359,9 +364,9 @@ def _kernel(
                 own = x * lax.broadcast_in_dim(inverse, x.shape, [0])
                 chunk.at[wg][...] = own.astype(dtype)
             plgpu.commit_smem()
-            rows = pl.ds(0, BLOCK)
+            rows, image = pl.ds(0, BLOCK), first_image + batch
             for chunk, span in zip(out_smem, spans, strict=True):
-                for target, source in boxes(out_gmem, batch, head, own_tile, span, chunk, wg, rows):
+                for target, source in boxes(out_gmem, image, head, own_tile, span, chunk, wg, rows):
                     plgpu.copy_smem_to_gmem(source, target)
 
         def sit_out(count):
@@ -456,6 +461,8 @@ class Statics(NamedTuple):
         tiling: Which tokens make a block.
         streamed: Whether the one-hots are those of a sequence.
         num_heads: Heads H.
+        num_images: How many images of the batch it attends to.
+        batch_size: Images B of the batch.
         interpret: False, or parameters of Mosaic GPU's interpret mode.
     """
 
@@ -464,27 +471,44 @@ class Statics(NamedTuple):
     tiling: Tiling
     streamed: bool
     num_heads: int
+    num_images: int
+    batch_size: int
     interpret: Any
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _launch(statics: Statics, qkv: Array, operands: Operands, table: Array) -> Array:
+# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
+@functools.partial(jax.jit, static_argnums=0)
+def launch(
+    statics: Statics,
+    first: Array | None,
+    qkv: Array,
+    operands: Operands,
+    table: Array,
+    out: Array | None = None,
+) -> Array:
     """Run the kernel.
 
     Args:
         statics: What is known when the launch is traced.
+        first: The first of its images, int32 [1]; None is the batch's.
         qkv: [B, Gh, Gw, 3 H, D] as `Tiling.view` sees it, 16-bit floats: q of all heads, k, v.
+            Sequences: of the launch's images alone, like operands and table always.
         operands: The position bias.
         table: `tiles.step_table`, int32.
+        out: What another launch returned, for other images; None where this is the first.
 
     Returns:
-        Attention's output [B, Gh, Gw, H, D], as `Tiling.view` sees it.
+        Attention's output [B, Gh, Gw, H, D], as `Tiling.view` sees it. Other images are as in out,
+        in whose place it is if XLA can spare out; without out they are undefined.
     """
-    layout, config, tiling, streamed, num_heads, interpret = statics
+    layout, config, tiling, streamed, num_heads, num_images, batch_size, interpret = statics
+    qkv, operands = _undifferentiable(qkv, operands)
     num_wgs, num_stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
-    batch_size, chunks = qkv.shape[0] // tiling.rows, split_head_dim(qkv.shape[-1])
-    out_shape = (*qkv.shape[:3], tiling.stride * num_heads, qkv.shape[-1])
-    num_items = -(-layout.num_q_blocks // num_wgs) * num_heads * batch_size
+    chunks = split_head_dim(qkv.shape[-1])
+    rows, heads = batch_size * tiling.rows, tiling.stride * num_heads
+    out_shape = (rows, *qkv.shape[1:3], heads, qkv.shape[-1])
+    out_refs = [] if out is None else [jax.new_ref(out)]
+    num_items = config.items(layout, num_heads) * num_images
     copies = SIDE if interpret else 1  # that a box takes
     key_arrivals = block_kv // BLOCK * len(chunks) * copies
     scratch: dict[str, Any] = {}
@@ -503,7 +527,7 @@ def _launch(statics: Statics, qkv: Array, operands: Operands, table: Array) -> A
         scratch["p_smem"] = plgpu.SMEM((num_wgs, BLOCK, block_kv), qkv.dtype)
     kernel = plgpu.kernel(
         functools.partial(_kernel, statics=statics),
-        out_type=jax.ShapeDtypeStruct(out_shape, qkv.dtype),
+        out_type=() if out_refs else jax.ShapeDtypeStruct(out_shape, qkv.dtype),
         scratch_types=scratch
         | dict(
             q_smem=[buffer(qkv.dtype, num_wgs, BLOCK, chunk) for chunk in chunks],
@@ -532,11 +556,14 @@ def _launch(statics: Statics, qkv: Array, operands: Operands, table: Array) -> A
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
     )
-    return kernel(qkv, operands, table)
+    created = kernel(first, qkv, operands, table, *out_refs)
+    return jax.freeze(out_refs[0]) if out_refs else created
 
 
-_launch.defjvp(no_gradient("stripe_attention"))
+# Around the arguments and not the launch: a reference cannot live in a function with its own rule.
+@jax.custom_jvp
+def _undifferentiable(qkv: Array, operands: Operands) -> tuple[Array, Operands]:
+    return qkv, operands
 
 
-# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
-launch = jax.jit(_launch, static_argnums=0)
+_undifferentiable.defjvp(no_gradient("stripe_attention"))

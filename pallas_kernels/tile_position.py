@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.boxes import SMEM_BYTES, as_box, buffer, map_boxes, split_head_dim
 from pallas_kernels.implementation import no_gradient
 from pallas_kernels.relative_position import own_columns
-from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, div_rem
+from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, chosen_images, div_rem
 
 WARPGROUPS = 2
 NUM_STAGES = 2  # tiles of q in shared memory at a time, for each warpgroup
@@ -39,6 +39,7 @@ class Statics(NamedTuple):
 
     tiling: Tiling
     num_heads: int
+    num_images: int
     num_programs: int
     interpret: Any
 
@@ -52,18 +53,19 @@ def supports_tiles(grid: tuple[int, int], head_dim: int) -> bool:
 
 
 def _kernel(
-    qkv_gmem, tables_gmem, rel_h_gmem, rel_w_gmem,
+    first_gmem, qkv_gmem, tables_gmem, rel_h_gmem, rel_w_gmem,
     q_smem, by_row_smem, by_col_smem, out_smem, q_full, tables_full, statics,
 ):  # fmt: skip
-    tiling, num_heads, _, interpret = statics
-    batch, head_dim = qkv_gmem.shape[0] // tiling.rows, qkv_gmem.shape[-1]
+    tiling, num_heads, num_images, _, interpret = statics
+    first_image = 0 if first_gmem is None else first_gmem[0]
+    head_dim = qkv_gmem.shape[-1]
     chunks = split_head_dim(head_dim)
     spans = [pl.ds(sum(chunks[:c]), chunk) for c, chunk in enumerate(chunks)]
     key_rows, key_chunks = tables_gmem[0].shape[2], by_col_smem[0].shape[0]
     place, wg = (lax.axis_index("row"), lax.axis_index("col")), lax.axis_index("wg")
     tile = place[0] * lax.axis_size("col") + place[1]
     first, workers = lax.axis_index("split") * WARPGROUPS + wg, lax.axis_size("split") * WARPGROUPS
-    steps = lax.div(batch * num_heads - 1 - first + workers, workers)
+    steps = lax.div(num_images * num_heads - 1 - first + workers, workers)
 
     def slot_of(step: Any) -> Any:
         return wg * NUM_STAGES + lax.rem(step, NUM_STAGES)
@@ -71,7 +73,7 @@ def _kernel(
     def load(step: Any) -> None:
         image, head = div_rem(first + step * workers, num_heads)
         row, row_parity, col, col_parity = tiling.corner(tile)
-        row += image * tiling.rows
+        row += (first_image + image) * tiling.rows
         head += col_parity * (qkv_gmem.shape[3] // tiling.stride)
         slot = slot_of(step)
         for smem, span in zip(q_smem, spans, strict=True):
@@ -147,24 +149,27 @@ def _kernel(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _launch(statics: Statics, qkv: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
+def _launch(
+    statics: Statics, first: Array | None, qkv: Array, tables: tuple[Array, Array]
+) -> tuple[Array, Array]:
     """Run the kernel.
 
     Args:
         statics: What is known when the launch is traced.
+        first: The first of its images, int32 [1]; None is the batch's.
         qkv: [B, Gh, Gw, 3 H, D] as `Tiling.view` sees it, 16-bit floats: q of all heads first.
         tables: rel_pos_h and rel_pos_w, all sorted by parity, [1, Gh, key rows, D] and
             [1, Gw, key columns, D]: maps to copy boxes of.
 
     Returns:
-        rel_h [B H tiles, key rows, 64] and rel_w [B H tiles, key columns / 16 * 64, 16].
+        rel_h [images H tiles, key rows, 64] and rel_w [images H tiles, key columns / 16 * 64, 16].
     """
-    tiling, num_heads, num_programs, interpret = statics
+    tiling, num_heads, num_images, num_programs, interpret = statics
     head_dim, (by_row, by_col) = qkv.shape[-1], tables
     chunks, copies = split_head_dim(head_dim), SIDE if interpret else 1  # that a box takes
     key_rows, key_chunks = by_row.shape[2], by_col.shape[2] // CHUNK
     grid = (tiling.rows * tiling.stride // SIDE, tiling.cols * tiling.stride // SIDE)
-    items = qkv.shape[0] // tiling.rows * num_heads
+    items = num_images * num_heads
     num_splits = max(min(-(-items // WARPGROUPS), num_programs // tiling.num_tiles), 1)
     tiles = items * tiling.num_tiles
     kernel = plgpu.kernel(
@@ -191,7 +196,7 @@ def _launch(statics: Statics, qkv: Array, tables: tuple[Array, Array]) -> tuple[
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel(qkv, tables)
+    return kernel(first, qkv, tables)
 
 
 _launch.defjvp(no_gradient("stripe_attention"))
@@ -208,9 +213,10 @@ def tile_position(
     *,
     tiling: Tiling,
     num_heads: int,
+    images: range | None = None,
     num_programs: int = NUM_PROGRAMS,
     interpret: Any = False,
-) -> tuple[Float[Array, "BHtiles Sh 64"], Float[Array, "BHtiles chunks 64 16"]]:
+) -> tuple[Float[Array, "tiles Sh 64"], Float[Array, "tiles chunks 64 16"]]:
     """The position bias of every tile, for what `supports_tiles` takes.
 
     Args:
@@ -219,12 +225,14 @@ def tile_position(
         rel_pos_w: The same for columns, the key columns padded to whole chunks of 16.
         tiling: Which tokens make a tile.
         num_heads: Heads H.
+        images: Those of the batch whose bias is asked for; None is all.
         num_programs: Programs at most, or one for each tile of the map where there are more tiles.
         interpret: For tests: parameters of Mosaic GPU's interpret mode.
 
     Returns:
         rel_h, float32, and rel_w, rounded once to qkv's dtype.
     """
-    statics = Statics(tiling, num_heads, num_programs, interpret)
-    rel_h, rel_w = launch(statics, qkv, (rel_pos_h[None], rel_pos_w[None]))
+    images, first = chosen_images(images, len(qkv) // tiling.rows)
+    statics = Statics(tiling, num_heads, len(images), num_programs, interpret)
+    rel_h, rel_w = launch(statics, first, qkv, (rel_pos_h[None], rel_pos_w[None]))
     return rel_h, rel_w.reshape(len(rel_w), -1, BLOCK, CHUNK)

@@ -74,6 +74,18 @@ def div_rem(x: Any, y: int) -> tuple[Any, Any]:
     return (x, 0) if y == 1 else (lax.div(x, jnp.int32(y)), lax.rem(x, jnp.int32(y)))
 
 
+def chosen_images(
+    images: range | None, batch: int
+) -> tuple[range, Int[Array | np.ndarray, " 1"] | None]:
+    """The images of a launch, None meaning all, and the first as kernels read it, or None for all.
+
+    Read and not known when traced, so that launches for as many images share a kernel.
+    """
+    if images is None or images == range(batch):
+        return range(batch), None
+    return images, np.array([images.start], np.int32)
+
+
 @functools.lru_cache(maxsize=64)
 def _tile_of_block(sequence: bytes, tiling: Tiling) -> np.ndarray | None:
     blocks = np.sort(np.frombuffer(sequence, np.int32).reshape(-1, BLOCK), axis=1)

@@ -58,8 +58,10 @@ def mosaic_window_attention(
     geometry = Geometry.of(window_size, head_dim)
     one_hot = jnp.asarray(_one_hots(window_size, geometry.num_keys), qkv.dtype)
     # Whole boxes for the TMA, which begins them at multiples of 16 bytes.
-    tables = (jnp.pad(x, ((0, 0), (0, REL - x.shape[1]), (0, 0))) for x in (rel_pos_h, rel_pos_w))
-    rel = relative_position(qkv, *tables, interpret=interpret)
+    by_row, by_col = (
+        jnp.pad(x, ((0, 0), (0, REL - x.shape[1]), (0, 0))) for x in (rel_pos_h, rel_pos_w)
+    )
+    rel = relative_position(qkv, by_row, by_col, interpret=interpret)
     if layout is None or layout.is_dense:
         sparse, keep = False, np.zeros((1, 1, 1, 256), np.float32)
     else:

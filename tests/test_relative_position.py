@@ -67,6 +67,17 @@ def test_interpreted(shape, num_keys, dtype, num_programs):
 
 
 @needs_mosaic
+@pytest.mark.parametrize("heads", [4, 3])
+def test_interpreted_for_some_images(heads):
+    shape, images = (4, 8, 8, 3, heads, 64), range(1, 3)
+    arrays = make_inputs(shape, (16, 16), "float16")
+    out = relative_position(*arrays, images, interpret=plgpu.InterpretGPUParams())
+    for got, want in zip(out, exact(*arrays), strict=True):
+        # Rounded once: half a unit of the last place, 2^-11.
+        np.testing.assert_allclose(np.asarray(got, np.float32), want[1:3], rtol=5e-4, atol=1e-5)
+
+
+@needs_mosaic
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("keys", ["window", "map"])
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -87,6 +98,13 @@ def test_xla_runs_what_the_kernel_does_not_take(num_keys, head_dim):
     for got, want in zip(relative_position(*arrays), exact(*arrays), strict=True):
         assert got.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=4e-3, atol=1e-4)
+
+
+def test_xla_runs_some_images():
+    arrays = make_inputs((3, 6, 5, 3, 3, 64), (14, 14), "bfloat16")
+    got, want = relative_position(*arrays, range(1, 3)), relative_position(*arrays)
+    for some, whole in zip(got, want, strict=True):
+        np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (some, whole[1:])))
 
 
 @needs_mosaic
@@ -159,12 +177,13 @@ def test_two_programs_share_a_multiprocessor(head_dim, num_keys):
 )
 def test_on_gpu(shape, num_keys, dtype):
     arrays = make_inputs(shape, num_keys, dtype, seed=sum(shape))
-    first = relative_position(*arrays)
+    images = range(shape[0] // 2, shape[0])
+    first = relative_position(*arrays, images)
     with jax.default_matmul_precision("highest"):
-        wanted = exact(*arrays)
+        wanted = [x[images.start :] for x in exact(*arrays)]
     for got, want in zip(first, wanted, strict=True):
         error = np.linalg.norm(np.asarray(got, np.float32) - want) / np.linalg.norm(want)
         assert error < 3e-3  # bfloat16 rounds by up to 2^-9, averaged
     for _ in range(20):
-        again = relative_position(*arrays)
+        again = relative_position(*arrays, images)
         assert all(bool((x == y).all()) for x, y in zip(first, again, strict=True))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.gpu_table import frobenius_error
 from benchmarks.stripe_attention import (
     Arguments,
     Case,
@@ -24,9 +25,16 @@ from benchmarks.stripe_attention import (
     stripes,
 )
 from pallas_kernels import reference
+from pallas_kernels import stripe_attention as module
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
-from pallas_kernels.stripe_attention import _prepare, mosaic_stripe_attention, stripe_attention
+from pallas_kernels.stripe_attention import (
+    _find_blocks,
+    _prepare,
+    image_groups,
+    mosaic_stripe_attention,
+    stripe_attention,
+)
 from pallas_kernels.stripe_kernel import Config
 from pallas_kernels.tuning import H200
 from sparsesam_jax.config import PRESETS
@@ -89,13 +97,59 @@ def test_interpreted_kernel_equals_reference(name):
 
 
 @needs_mosaic
+@pytest.mark.parametrize("order", ["tiles", "blocks", "groups", "heads"])
+def test_interpreted_groups_of_images_equal_reference(order, monkeypatch):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setattr(module, "IMAGES_AT_ONCE", 2)
+    heads = {"tiles": 2, "blocks": 1, "groups": 4, "heads": 2}[order]
+    case = Case(batch=3, side=16, num_heads=heads, density=0.5, order=order)
+    arguments = inputs(case, seed=0)
+    interpret = plgpu.InterpretGPUParams()
+    out = run(mosaic_stripe_attention, case, arguments, config=TWO, interpret=interpret)
+    for image in range(case.batch):
+        assert error_of_image(case, out, arguments, image) < TOLERANCE[case.dtype]
+
+
+def error_of_image(case: Case, out: jax.Array, arguments: Arguments, image: int) -> float:
+    """Relative error of the first and last head."""
+    heads = sorted({0, case.num_heads - 1})
+    want = masked_attention(case, arguments, image, heads)
+    return frobenius_error(out[image][:, :, np.array(heads)], want)
+
+
+@pytest.mark.parametrize(
+    ("batch", "items", "expected"),
+    [
+        (1, 352, [1]),
+        (4, 352, [4]),
+        (8, 352, [3, 3, 2]),  # ViT-L: 8 + 8 + 6 waves, as many as in one launch
+        (5, 352, [3, 2]),
+        (8, 264, [2, 2, 2, 2]),  # ViT-B: an image is two waves
+        (9, 1, [3, 3, 3]),
+    ],
+)
+def test_image_groups(batch, items, expected):
+    groups = image_groups(batch, items, 132)
+    assert [len(images) for images in groups] == expected
+    assert [image for images in groups for image in images] == list(range(batch))
+
+
+@needs_mosaic
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("density", [1.0, 0.3])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_lowers_for_every_preset(preset, density, batch):
     encoder = PRESETS[preset].image_encoder
     shape = dict(side=encoder.grid_size, num_heads=encoder.num_heads, head_dim=encoder.head_dim)
-    assert "mosaic_gpu" in lowered(Case(batch=batch, density=density, **shape))
+    program = lowered(Case(batch=batch, density=density, **shape))
+    assert "mosaic_gpu" in program
+    # Groups come one after the other, in the place of the first one's output. Those of as many
+    # images share a kernel, of which there are two sizes at most.
+    grouped = batch > 4
+    assert ("stablehlo.optimization_barrier" in program) == grouped
+    aliases = program.count("stablehlo.output_operand_alias<")
+    assert 1 <= aliases <= 2 if grouped else aliases == 0
 
 
 @needs_mosaic
@@ -151,9 +205,10 @@ def test_static_sequences_by_image_are_no_tiles(order):
     arguments = inputs(case, seed=0)
     lead = {"images": (2,), "heads": (2, 2)}[order]
     sequence = np.broadcast_to(arguments.sequence, (*lead, 256))
-    prepared = _prepare(*arguments[:3], sequence, case.layout)
-    assert len(prepared.tile_of_block) == case.layout.num_q_blocks
-    assert prepared.operands.onehot is not None
+    blocks = _find_blocks((16, 16), sequence, case.layout)
+    assert len(blocks.tile_of_block) == case.layout.num_q_blocks
+    _, operands = _prepare(*arguments[:3], blocks, range(2))
+    assert operands.onehot is not None
     got = run(stripe_attention, case, arguments._replace(sequence=sequence))
     want = run(stripe_attention, case, arguments)
     np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, want)), atol=2e-2)
@@ -303,6 +358,17 @@ ON_GPU = [
 def test_error_on_gpu(case):
     _, error = on_gpu(case, seed=int.from_bytes(os.urandom(3)))
     assert error < TOLERANCE[case.dtype]  # a NaN is none
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["tiles", "blocks", "groups", "heads"])
+@pytest.mark.parametrize("batch", [5, 8])
+def test_every_image_on_gpu(batch, order):
+    case = Case(batch=batch, density=0.3, order=order)
+    arguments = inputs(case, seed=int.from_bytes(os.urandom(3)))
+    out = run(stripe_attention, case, arguments, implementation="mosaic_gpu")
+    for image in range(batch):
+        assert error_of_image(case, out, arguments, image) < TOLERANCE[case.dtype]
 
 
 @pytest.mark.gpu

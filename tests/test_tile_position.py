@@ -31,9 +31,11 @@ def make_tiling(shape: tuple[int, ...], stride: int) -> Tiling:
     return Tiling(shape[1] // stride, shape[2] // stride, stride)
 
 
-def check(out: tuple[jax.Array, ...], arrays: list[jax.Array], tiling: Tiling) -> None:
+def check(
+    out: tuple[jax.Array, ...], arrays: list[jax.Array], tiling: Tiling, images: range
+) -> None:
     """Close to float32 of the same rounded inputs."""
-    want = _xla_tile_bias(*(x.astype(jnp.float32) for x in arrays), tiling)
+    want = _xla_tile_bias(*(x.astype(jnp.float32) for x in arrays), tiling, images)
     # rel_h: float32 sums of exact products, in another order. rel_w: rounded by up to 2^-9.
     dtypes, tolerances = (jnp.float32, arrays[0].dtype), (1e-5, 3e-3)
     for got, x, dtype, tolerance in zip(out, want, dtypes, tolerances, strict=True):
@@ -44,16 +46,19 @@ def check(out: tuple[jax.Array, ...], arrays: list[jax.Array], tiling: Tiling) -
 
 @needs_mosaic
 @pytest.mark.parametrize(
-    ("shape", "stride", "dtype"),
+    ("shape", "stride", "dtype", "images"),
     [
-        ((2, 64, 16, 3, 1, 64), 2, "bfloat16"),
-        ((1, 64, 8, 3, 5, 80), 1, "float16"),  # three heads for one warpgroup, two for the other
+        ((2, 64, 16, 3, 1, 64), 2, "bfloat16", range(2)),
+        # Three heads for one warpgroup, two for the other.
+        ((1, 64, 8, 3, 5, 80), 1, "float16", range(1)),
+        ((4, 64, 16, 3, 1, 64), 2, "float16", range(1, 3)),
     ],
 )
-def test_interpreted(shape, stride, dtype):
+def test_interpreted(shape, stride, dtype, images):
     arrays, tiling = make_inputs(shape, dtype), make_tiling(shape, stride)
-    out = _mosaic_tile_bias(*arrays, tiling, num_programs=1, interpret=plgpu.InterpretGPUParams())
-    check(out, arrays, tiling)
+    options = dict(num_programs=1, interpret=plgpu.InterpretGPUParams())
+    out = _mosaic_tile_bias(*arrays, tiling, images, **options)
+    check(out, arrays, tiling, images)
 
 
 @needs_mosaic
@@ -67,7 +72,7 @@ def test_lowers_for_presets(preset, batch, stride):
     shape = (batch, side, side, 3, config.num_heads, head_dim)
     tiling = make_tiling(shape, stride)
     arrays = jax.eval_shape(lambda: make_inputs(shape, "bfloat16"))
-    lowered = jax.jit(lambda *x: _mosaic_tile_bias(*x, tiling)).trace(*arrays)
+    lowered = jax.jit(lambda *x: _mosaic_tile_bias(*x, tiling, range(batch))).trace(*arrays)
     assert "mosaic_gpu_v2" in lowered.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -76,7 +81,8 @@ def test_differentiating_names_the_xla_path():
     shape = (1, 64, 8, 3, 1, 64)
     arrays, tiling = make_inputs(shape, "bfloat16"), make_tiling(shape, 1)
     with pytest.raises(NotImplementedError, match='implementation="xla"'):
-        jax.grad(lambda qkv: _mosaic_tile_bias(qkv, *arrays[1:], tiling)[0].sum())(arrays[0])
+        options = tiling, range(1)
+        jax.grad(lambda qkv: _mosaic_tile_bias(qkv, *arrays[1:], *options)[0].sum())(arrays[0])
 
 
 @pytest.mark.parametrize(
@@ -101,9 +107,10 @@ def test_supports_tiles(grid, head_dim, expected):
 )
 def test_on_gpu(shape, stride, dtype):
     arrays, tiling = make_inputs(shape, dtype, seed=sum(shape)), make_tiling(shape, stride)
-    first = _mosaic_tile_bias(*arrays, tiling)
+    images = range(shape[0] // 2, shape[0])  # of 3 images the last two
+    first = _mosaic_tile_bias(*arrays, tiling, images)
     with jax.default_matmul_precision("highest"):
-        check(first, arrays, tiling)
+        check(first, arrays, tiling, images)
     for _ in range(20):
-        again = _mosaic_tile_bias(*arrays, tiling)
+        again = _mosaic_tile_bias(*arrays, tiling, images)
         assert all(bool((x == y).all()) for x, y in zip(first, again, strict=True))
