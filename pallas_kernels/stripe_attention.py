@@ -30,7 +30,7 @@ Sequence = Array | np.ndarray  # static where it is a numpy array
 TileBias = Callable[[Array, Array, Array, Tiling, range], tuple[Array, Array]]
 MapBias = Callable[[Array, Array, Array, range], tuple[Array, Array]]
 
-IMAGES_AT_ONCE = 4  # at most: so many have their bias, or their sequence, in memory
+GROUP_BYTES = 144 * 2**20  # that a launch may need beside qkv and its output, if an image can
 
 
 class _Blocks(NamedTuple):
@@ -49,36 +49,49 @@ class _Blocks(NamedTuple):
 
 def fitting_config(grid: tuple[int, int], head_dim: int, *, tiles: bool) -> Config | None:
     """The first configuration that fits in registers and shared memory, for tiles or a sequence."""
-    rows, cols = (-(-side // CHUNK) * CHUNK for side in grid)
+    bias = _bias_bytes(grid, tiles)
     if tiles:
-        configs, query_bias, key_bias = tuned().tiles, BLOCK * (4 * grid[0] + 2 * cols), 0
+        configs, key_bias = tuned().tiles, 0
     else:
-        configs = tuned().sequences
-        query_bias, key_bias = 2 * BLOCK * (rows + cols), 2 * (rows + cols)
-    return next((c for c in configs if c.fits(head_dim, query_bias, key_bias)), None)
+        configs, key_bias = tuned().sequences, bias
+    return next((c for c in configs if c.fits(head_dim, BLOCK * bias, key_bias)), None)
 
 
-def image_groups(batch: int, items: int, num_programs: int) -> list[range]:
+def _bias_bytes(grid: tuple[int, int], tiles: bool) -> int:
+    """The position bias of one query and head."""
+    rows, cols = (-(-side // CHUNK) * CHUNK for side in grid)
+    return 4 * grid[0] + 2 * cols if tiles else 2 * (rows + cols)
+
+
+def image_bytes(grid: tuple[int, int], num_heads: int, head_dim: int, *, tiles: bool) -> int:
+    """What a launch needs for an image: the position bias, and a sequence's q, k and v."""
+    gathered = 0 if tiles else 3 * 2 * head_dim
+    return math.prod(grid) * num_heads * (_bias_bytes(grid, tiles) + gathered)
+
+
+def image_groups(batch: int, items: int, num_programs: int, image_bytes: int) -> list[range]:
     """The images that the kernel attends to at once, one group after the other.
 
-    Programs take an item each, in waves: of all sizes of a group that make the fewest waves it is
-    the smallest, which needs the least memory, but no less than two images.
+    Programs take an item each, in waves, and a launch costs about a third of one. So a group is as
+    large as it takes for the fewest waves, and among these for the fewest launches, that
+    `GROUP_BYTES` allows.
 
     Args:
         batch: Images.
         items: Items of work of an image.
         num_programs: Programs of a launch.
+        image_bytes: What a launch needs for an image.
     """
 
     def groups(size: int) -> list[range]:
         return [range(i, min(i + size, batch)) for i in range(0, batch, size)]
 
-    def waves(size: int) -> int:
-        return sum(-(-len(images) * items // num_programs) for images in groups(size))
+    def cost(size: int) -> tuple[int, int]:
+        waves = (-(-len(images) * items // num_programs) for images in groups(size))
+        return sum(waves), len(groups(size))
 
-    if batch <= IMAGES_AT_ONCE:
-        return [range(batch)]
-    return groups(min(range(2, IMAGES_AT_ONCE + 1), key=waves))
+    most = max(1, GROUP_BYTES // image_bytes)
+    return groups(batch if batch <= most else min(range(1, most + 1), key=cost))
 
 
 def _find_blocks(grid: tuple[int, int], sequence: Sequence | None, layout: BlockLayout) -> _Blocks:
@@ -340,8 +353,10 @@ def mosaic_stripe_attention(
     streamed = blocks.sequence is not None
     config = config or fitting_config((height, width), head_dim, tiles=not streamed)
     assert config is not None, "the public function checks that a configuration fits"
+    needed = image_bytes((height, width), heads, head_dim, tiles=not streamed)
+    items = config.items(layout, heads)
     out, gathered = None, blocks
-    for images in image_groups(batch, config.items(layout, heads), config.num_programs):
+    for images in image_groups(batch, items, config.num_programs, needed):
         if out is not None:  # or XLA could prepare all groups first, and keep all that they need
             qkv, order, out = _together(qkv, gathered.sequence, out)
             gathered = blocks._replace(sequence=order)
