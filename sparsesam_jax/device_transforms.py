@@ -97,11 +97,17 @@ def resize_masks(
         length = _rounded(prompts * masks * plane)
         options = {"length": length, "return_logits": return_logits}
         flat = _resize_flat(low_res, rows, cols, first, **options)
-        # Pinned memory, which numpy views as it is: a pageable copy of 30 masks takes 50 ms, not 2.
-        pinned = jax.device_put(flat, flat.sharding.with_memory_kind("pinned_host"))
-        parts.append((pinned, (prompts, masks, *original_size)))
+        parts.append((pinned(flat), (prompts, masks, *original_size)))
     arrays = [np.asarray(flat)[: math.prod(shape)].reshape(shape) for flat, shape in parts]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def pinned(x: Array) -> Array:
+    """The array in the host's pinned memory, which numpy views as it is.
+
+    A pageable copy of 30 masks of 1200 x 1800 pixels takes 50 ms on an H200's host, this 2.
+    """
+    return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
 
 
 def _rounded(size: int) -> int:

@@ -248,6 +248,8 @@ class SamPredictor:
             resize(x, count, side, *sizes[::-1], return_logits=return_logits)
             for x, count, sizes in zip(low_res, counts, self._sizes, strict=True)
         ]
+        if self.transforms is device_transforms:
+            low_res = device_transforms.pinned(low_res)
         low_res, iou = np.asarray(low_res), np.asarray(iou)
         results = []
         for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
