@@ -219,8 +219,9 @@ def step(task: Task, carry: Any, data: dict[str, Any]) -> Any:
         scale, bias = weights.norm_scale, weights.norm_bias
         x = data["x"]
         if mosaic:
-            rows_of = task.block_rows, case.num_rows
-            statics = gather_norm_kernel.Statics(x.dtype, EPSILON, *rows_of, False)
+            statics = gather_norm_kernel.Statics(
+                x.dtype, EPSILON, task.block_rows, case.num_rows, interpret=False
+            )
             return gather_norm_kernel.launch(statics, x, scale, bias, rows=rows)
         return reference.layer_norm(x if dense else x[data["rows"]], scale, bias, EPSILON)
     if task.part == "product1":

@@ -77,9 +77,9 @@ def div_rem(x: Any, y: int) -> tuple[Any, Any]:
 def chosen_images(
     images: range | None, batch: int
 ) -> tuple[range, Int[Array | np.ndarray, " 1"] | None]:
-    """The images of a launch, None meaning all, and the first as kernels read it, or None for all.
+    """The images of a launch, and the number of the first for the kernel to read; None is 0.
 
-    Read and not known when traced, so that launches for as many images share a kernel.
+    Read and not known when traced: launches for as many images share a kernel.
     """
     if images is None or images == range(batch):
         return range(batch), None

@@ -56,7 +56,7 @@ class ImageEncoder(nnx.Module):
     Args:
         config: Shape of the encoder.
         sparsity: What to keep; None is the dense encoder, which is SAM exactly.
-        dtypes: Compute and parameter dtype.
+        dtypes: Of computation, parameters and the residual stream.
         implementation: `"xla"`, `"mosaic_gpu"` or `"auto"`, see `pallas_kernels.implementation`.
         rngs: Source of the initial parameters.
 

@@ -36,7 +36,7 @@ class DTypes:
     def __post_init__(self) -> None:
         for name in ("compute", "param", "residual"):
             value = getattr(self, name)
-            if value is None:
+            if name == "residual" and value is None:
                 value = jnp.float16 if self.compute == jnp.bfloat16 else self.compute
             try:
                 dtype = jnp.dtype(value)
