@@ -17,6 +17,7 @@ from pallas_kernels import reference
 from sparsesam_jax import orders
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.image_encoder import Block, ImageEncoder
+from sparsesam_jax.layers import add
 from sparsesam_jax.methods.group_update import GroupUpdate, Skipped
 from sparsesam_jax.methods.sequences import (
     Sequences,
@@ -106,8 +107,9 @@ def encode(
         if window:
             out = reference.window_unpartition(out, window, (x.shape[0], x.shape[1], x.shape[2]))
         out = out.reshape(*x.shape[:3], config.num_heads, -1) + value_bias
-        x = x + block.attn.proj(out.reshape(x.shape))
-        x = x + _mlp(plan, block, x, program.skipped, knobs.routed[index], knobs.merged[index])
+        x = add(x, block.attn.proj(out.reshape(x.shape)))
+        update = _mlp(plan, block, x, program.skipped, knobs.routed[index], knobs.merged[index])
+        x = add(x, update)
     return encoder.neck_features(x)
 
 

@@ -56,6 +56,11 @@ class DTypes:
 FLOAT32 = DTypes()
 
 
+def add(x: Array, update: Array) -> Array:
+    """`x + update` in x's dtype, which for the residual stream need not be the update's."""
+    return (x + update).astype(x.dtype)
+
+
 def gelu(x: Array) -> Array:
     """The exact GELU, `x Phi(x)`."""
     return jax.nn.gelu(x, approximate=False)

@@ -33,7 +33,8 @@ class SamPredictor:
         sam: The model; its parameters are read once, here.
         image_size: Side of the padded input; None is the model's own.
         transforms: Where photos are resized, to the same pixels, and masks to the photo's size:
-            on the `host`, on the `device`, or `auto`, on the device where that is no CPU.
+            on the `host`, on the `device`, or `auto`, on the device where that is no CPU. Those
+            of the device are read-only in pinned memory: copy what you keep for long.
 
     Raises:
         ValueError: `image_size` is no multiple of the patch size, or `transforms` is unknown.

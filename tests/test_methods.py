@@ -16,6 +16,7 @@ from models import SMALL, random_weights
 
 from sparsesam_jax import Sam, Sparsity, methods
 from sparsesam_jax.methods import registry, sequences
+from sparsesam_jax.methods.group_update import GroupUpdate
 from sparsesam_jax.methods.kmeans import KMeans
 from sparsesam_jax.methods.merging import Merged, TokenMerging
 from sparsesam_jax.methods.pisa import PiecewiseAttention
@@ -54,6 +55,15 @@ def pixels() -> np.ndarray:
 
 def features(model: Sam) -> np.ndarray:
     return np.asarray(nnx.jit(lambda encoder, x: encoder(x))(model.image_encoder, pixels()))
+
+
+@pytest.mark.parametrize("method", [*(cls(0.5) for cls in CLASSES.values()), GroupUpdate(0.5)])
+def test_the_stream_keeps_its_dtype(method: methods.Method) -> None:
+    sam = Sam.abstract(TINY, dtype="bfloat16", implementation="xla")
+    graphdef, state = nnx.split(methods.with_method(sam, method).image_encoder)
+    run = lambda state, x: nnx.merge(graphdef, state).block_outputs(x)  # noqa: E731
+    for out in jax.eval_shape(run, state, pixels()):
+        assert out.dtype == jnp.float16
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from sparsesam_jax.evaluation.plots import check_matplotlib
 from sparsesam_jax.image_encoder import ImageEncoder
 from sparsesam_jax.image_files import read_image
 from sparsesam_jax.importance import group_importance, rank
+from sparsesam_jax.layers import add
 from sparsesam_jax.methods.sequences import (
     Sequences,
     block_sequences,
@@ -117,10 +118,10 @@ def trace(encoder: ImageEncoder, pixels: Float[Array, "1 H W 3"]) -> Trace:
                 keys,
                 *(_block_mass(sequences, order) for order in (raster, _sequence(keys, grid))),
             )
-        x = x + block.attn(normed, x, plan)
+        x = add(x, block.attn(normed, x, plan))
         update = block.mlp(block.norm2(x))
         norms.append(jnp.linalg.norm(update[0].astype(jnp.float32), axis=-1))
-        x = x + update
+        x = add(x, update)
     return Trace(jnp.stack(norms), *found)
 
 

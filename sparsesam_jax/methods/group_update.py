@@ -21,8 +21,10 @@ from jaxtyping import Array, Float
 from sparsesam_jax import orders
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.image_encoder import Block, ImageEncoder
+from sparsesam_jax.layers import add
 from sparsesam_jax.macs import mlp_work
 from sparsesam_jax.methods.base import Method
+from sparsesam_jax.methods.sequences import dense_mlp
 from sparsesam_jax.plan import Plan
 from sparsesam_jax.split import block_densities
 from sparsesam_jax.work import EncoderWork, encoder_work
@@ -51,12 +53,13 @@ class GroupUpdate(Method):
         plan = Plan(encoder.config, self.sparsity, grid, encoder.implementation)
         outputs = []
         for block in encoder.blocks:
-            x = x + block.attn(block.norm1(x), x, plan)
+            x = add(x, block.attn(block.norm1(x), x, plan))
             rows = self.rows(encoder.config, block.index, grid)
             if rows is None:
-                x = x + block.mlp(block.norm2(x))
+                x = dense_mlp(block, x)
             else:
-                x = x + self._mlp(block, x, plan, *self.groups(encoder.config, block.index, grid))
+                groups = self.groups(encoder.config, block.index, grid)
+                x = add(x, self._mlp(block, x, plan, *groups))
             outputs.append(x)
         return outputs
 

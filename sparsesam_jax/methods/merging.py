@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsesam_jax.config import ImageEncoderConfig
 from sparsesam_jax.image_encoder import Block
+from sparsesam_jax.layers import add
 from sparsesam_jax.macs import mlp_work
 from sparsesam_jax.methods.sequences import (
     Grid,
@@ -127,10 +128,10 @@ class TokenMerging(SequenceMethod):
         if self.keeps_identity:
             normed = block.norm2(tokens)
             merged = self.match(normed, (height, width))
-            tokens = tokens + merged.unmerge(block.mlp(merged.merge(normed)))
+            tokens = add(tokens, merged.unmerge(block.mlp(merged.merge(normed))))
         else:
             merged = self.match(tokens, (height, width))
-            tokens = merged.unmerge(dense_mlp(block, merged.merge(tokens)))
+            tokens = merged.unmerge(dense_mlp(block, merged.merge(tokens))).astype(x.dtype)
         return tokens.reshape(x.shape)
 
     def work(self, config: ImageEncoderConfig) -> EncoderWork:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import reference
 from sparsesam_jax.config import ImageEncoderConfig
 from sparsesam_jax.image_encoder import Block, ImageEncoder, relative_table
+from sparsesam_jax.layers import add
 from sparsesam_jax.macs import attention_work
 from sparsesam_jax.methods.base import Method
 from sparsesam_jax.work import EncoderWork, encoder_work
@@ -79,7 +80,7 @@ class SequenceMethod(Method):
         """The tokens after every block."""
         outputs, state = [], {}
         for block in encoder.blocks:
-            x = x + self._attention(block, block.norm1(x), encoder.config, state)
+            x = add(x, self._attention(block, block.norm1(x), encoder.config, state))
             x = self.mlp(block, x, encoder.config, state)
             outputs.append(x)
         return outputs
@@ -127,7 +128,7 @@ def window_count(config: ImageEncoderConfig, index: int) -> tuple[int, int]:
 
 def dense_mlp(block: Block, x: Array) -> Array:
     """The block's MLP on all tokens, with its residual."""
-    return x + block.mlp(block.norm2(x))
+    return add(x, block.mlp(block.norm2(x)))
 
 
 def dense_attention(sequences: Sequences) -> Array:
