@@ -73,7 +73,7 @@ class ImagePrompt(NamedTuple):
             points, labels, corners = (
                 np.broadcast_to(x, (count, *x.shape[1:])) for x in (points, labels, corners)
             )
-            corner_labels = np.broadcast_to([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], (count, 2))
+            corner_labels = np.tile(np.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], np.int32), (count, 1))
             points = np.concatenate([points, corners], 1)
             labels = np.concatenate([labels, corner_labels], 1)
         elif labels.shape[1]:  # SAM gives points that come without a box one more
@@ -82,7 +82,7 @@ class ImagePrompt(NamedTuple):
         scale = np.divide(sizes.resized[::-1], sizes.original[::-1])
         return PromptArrays(
             (points * scale).astype(np.float32),
-            labels.astype(np.int32),
+            labels,
             self._mask_input(len(points), low_res_size),
         )
 
@@ -102,7 +102,10 @@ class ImagePrompt(NamedTuple):
                 f"point_labels must have the shape {points.shape[:-1]}, got {labels.shape}"
             )
         if not np.isin(labels, (NOT_A_POINT, BACKGROUND, FOREGROUND)).all():
-            raise ValueError(f"point_labels must be 1 or 0, got {sorted(set(labels.flat))}")
+            got = sorted(set(labels.ravel().tolist()))
+            raise ValueError(f"point_labels must be 1 or 0, got {got}")
+        # Negative labels are added below: in the caller's bool or uint8 they would be other labels.
+        labels = labels.astype(np.int32)
         return points.reshape(-1, *points.shape[-2:]), labels.reshape(-1, labels.shape[-1])
 
     def _mask_input(self, count: int, low_res_size: tuple[int, int]) -> np.ndarray | None:

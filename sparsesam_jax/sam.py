@@ -27,6 +27,8 @@ from sparsesam_jax.transforms import (
     resized_shape,
 )
 
+Labels = Num[Array, "B P T"] | Bool[Array, "B P T"]  # of any dtype: they are made int32
+
 EMBEDDED_WEIGHTS = ("vit_t",)
 
 
@@ -170,7 +172,7 @@ class Sam(nnx.Module):
         self,
         embedding: ImageEmbedding,
         points: Float[Array, "B P T 2"],
-        labels: Int[Array, "B P T"],
+        labels: Labels,
         mask_input: Float[Array, "B P h w"] | None = None,
         *,
         multimask_output: bool = True,
@@ -190,6 +192,7 @@ class Sam(nnx.Module):
         Returns:
             Mask logits at four times the features' resolution and predicted IoU, float32.
         """
+        labels = labels.astype(jnp.int32)
         rows, cols = embedding.features.shape[1:3]
         grid, patch = (rows, cols), self.config.image_encoder.patch_size
         tokens, dense = self.prompt_encoder(
@@ -214,7 +217,7 @@ class Sam(nnx.Module):
         self,
         images: Num[Array, "B height width 3"],
         points: Float[Array, "B P T 2"],
-        labels: Int[Array, "B P T"],
+        labels: Labels,
         mask_input: Float[Array, "B P h w"] | None = None,
         *,
         image_size: int | None = None,
@@ -291,11 +294,12 @@ def scale_points(
 
 
 def add_padding_point(
-    points: Float[Array, "*batch T 2"], labels: Int[Array, "*batch T"]
+    points: Float[Array, "*batch T 2"], labels: Num[Array, "*batch T"] | Bool[Array, "*batch T"]
 ) -> tuple[Float[Array, "*batch T+1 2"], Int[Array, "*batch T+1"]]:
     """Give every prompt that has points but no box the extra point that SAM adds to those."""
+    labels = labels.astype(jnp.int32)  # in a bool or an unsigned integer, -1 is another label
     has_points: Bool[Array, "*batch"] = ((labels == 0) | (labels == 1)).any(-1, keepdims=True)
     has_box = (labels >= 2).any(-1, keepdims=True)
     extra = jnp.where(has_points & ~has_box, NOT_A_POINT, ABSENT)
     points = jnp.concatenate([points, jnp.zeros_like(points[..., :1, :])], axis=-2)
-    return points, jnp.concatenate([labels, extra.astype(labels.dtype)], axis=-1)
+    return points, jnp.concatenate([labels, extra], axis=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import SMALL, random_weights
@@ -58,6 +59,21 @@ def test_many_prompts_are_the_prompts_one_by_one(predictor: SamPredictor):
         alone = predictor.predict(POINTS, LABELS, box)
         np.testing.assert_allclose(together[2][index], alone[2], atol=1e-4)
         np.testing.assert_allclose(together[1][index], alone[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8, np.uint64, np.float16, np.float64])
+def test_the_labels_dtype_changes_nothing(sam: Sam, predictor: SamPredictor, dtype: type):
+    """SAM adds a point of label -1, which a bool or an unsigned integer cannot hold."""
+    expected = predictor.predict(POINTS, LABELS)
+    labels = LABELS.astype(dtype)
+    batch = predictor.predict_batch([POINTS], [labels])
+    for got in (predictor.predict(POINTS, labels), [field[0] for field in batch]):
+        for one, other in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+    if dtype != np.float64:  # which JAX rounds
+        image, points = jnp.asarray(photo()[None]), jnp.asarray(POINTS[None, None], jnp.float32)
+        pure = [sam(image, points, jnp.asarray(x)[None, None]) for x in (labels, LABELS)]
+        np.testing.assert_array_equal(pure[0].low_res_logits, pure[1].low_res_logits)
 
 
 def test_a_previous_mask_is_a_prompt(predictor: SamPredictor):
