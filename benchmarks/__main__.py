@@ -236,13 +236,13 @@ def candidates(
 
     def run() -> bool:
         from benchmarks import candidates
-        from sparsesam_jax import sam
-        from sparsesam_jax import weights as files
+        from sparsesam_jax.checkpoints import native as files
+        from sparsesam_jax.checkpoints.pretrained import locate
 
         if methods:
             found = candidates.compared(density or [0.5, 0.4, 0.3])
         else:
-            config = files.read(sam.locate(weights))[0].image_encoder
+            config = files.read(locate(weights))[0].image_encoder
             found = candidates.candidates(config, density or [0.4, 0.3])
         candidates.write(found, out)
         return True

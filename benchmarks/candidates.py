@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.variants import Variant
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.methods import NAMES
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.sparsity.work import encoder_work
 
 _GLOBAL_STEPS = 64  # densities of global attention that are tried: whole key blocks at 1024 pixels
 

@@ -25,7 +25,7 @@ from benchmarks.process import Program
 from benchmarks.records import Record
 from benchmarks.timing import Spread, queued_ms
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.sparsity.work import encoder_work
 
 MAX_ERROR = 2e-2  # bfloat16 inputs and output, float32 sums
 SAMPLE = 64  # rows that are compared

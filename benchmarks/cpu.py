@@ -148,13 +148,12 @@ def _start(
     console: Console,
 ) -> None:
     """Write the inputs; then one peer after another compiles, runs once and warms up."""
-    from convert import convert_checkpoint
-    from sparsesam_jax import weights
+    from sparsesam_jax.checkpoints import convert_checkpoint, native
 
     config = shapes.model_config(options.model)
-    native = folder / "native.safetensors"
-    weights.write(native, config, shapes.random_weights(config))
-    convert_checkpoint(native, folder / "huggingface", to="huggingface")
+    weights = folder / "native.safetensors"
+    native.write(weights, config, shapes.random_weights(config))
+    convert_checkpoint(weights, folder / "huggingface", to="huggingface")
     np.save(folder / "pixels.npy", shapes.random_pixels(config, options.batch))
     for case in cases:
         console.print(f"[dim]starting {case.name}")

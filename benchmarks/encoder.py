@@ -19,8 +19,8 @@ from benchmarks import ceilings, encoder_names, machine, shapes
 from benchmarks.pool import Job, RunOptions, labels
 from benchmarks.records import Record
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.split import block_densities
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.sparsity.split import block_densities
+from sparsesam_jax.sparsity.work import encoder_work
 
 OURS = ("xla", "mosaic_gpu")
 IMPLEMENTATIONS = (*OURS, *encoder_names.TORCH)

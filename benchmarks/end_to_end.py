@@ -139,7 +139,7 @@ def build(
 
     from benchmarks.encoder_jax import device_name, needs_gpu, random_state
     from sparsesam_jax import Sam, SamPredictor
-    from sparsesam_jax.sam import ImageEmbedding, scale_points
+    from sparsesam_jax.model.sam import ImageEmbedding, scale_points
 
     needs_gpu(implementation)
     config = shapes.model_config(model)

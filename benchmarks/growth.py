@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from benchmarks import shapes
 from benchmarks.records import Record
 from sparsesam_jax.config import Sparsity
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.sparsity.work import encoder_work
 
 AXES = ("batch", "image_size", "density")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import shapes
 from pallas_kernels.block_layout import BlockLayout
-from sparsesam_jax.orders import GROUP, curve_order
+from sparsesam_jax.sparsity.orders import GROUP, curve_order
 
 OPS = ("stripe", "window", "mlp")
 INPUT = "standard normal; tables and kernels scaled by 1/sqrt(inputs)"

@@ -24,11 +24,11 @@ from benchmarks.records import Record, Write
 from benchmarks.variants import DENSE, Variant
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax import Sam, SamPredictor
+from sparsesam_jax.checkpoints.native import DTYPES
 from sparsesam_jax.evaluation.datasets import Photo, folder_pairs, limited, read_photo
 from sparsesam_jax.evaluation.metrics import bootstrap_interval, iou, relative_error
 from sparsesam_jax.evaluation.predict import Predictions, predict
 from sparsesam_jax.evaluation.protocols import Protocol
-from sparsesam_jax.weights import DTYPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

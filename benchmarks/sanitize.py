@@ -25,7 +25,7 @@ from pallas_kernels.projection import projection
 from pallas_kernels.routed_mlp import mlp, routed_mlp
 from pallas_kernels.stripe_attention import stripe_attention
 from pallas_kernels.window_attention import window_attention
-from sparsesam_jax.orders import curve_order
+from sparsesam_jax.sparsity.orders import curve_order
 
 MAX_ERROR = 2e-2  # relative, of bfloat16 on both sides
 Case = Callable[..., jax.Array]

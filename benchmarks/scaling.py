@@ -15,7 +15,7 @@ from benchmarks.growth import AXES
 from benchmarks.pool import Job, RunOptions, labels
 from benchmarks.records import Record
 from sparsesam_jax.config import Sparsity
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.sparsity.work import encoder_work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def random_weights(config: SamConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
     No bias or position table is zero, so that leaving one out shows as an error.
     """
-    from sparsesam_jax.weights import parameter_shapes
+    from sparsesam_jax.checkpoints.native import parameter_shapes
 
     rng = np.random.default_rng(seed)
     arrays = {}

@@ -14,10 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
-from sparsesam_jax import orders
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.image_encoder import Block, ImageEncoder
-from sparsesam_jax.layers import add
 from sparsesam_jax.methods.group_update import GroupUpdate, Skipped
 from sparsesam_jax.methods.sequences import (
     Sequences,
@@ -27,7 +24,10 @@ from sparsesam_jax.methods.sequences import (
     product,
     softmax,
 )
-from sparsesam_jax.plan import Plan, attention_layout, num_routed_tokens
+from sparsesam_jax.model.image_encoder import Block, ImageEncoder
+from sparsesam_jax.model.layers import add
+from sparsesam_jax.sparsity import orders
+from sparsesam_jax.sparsity.plan import Plan, attention_layout, num_routed_tokens
 
 
 class Knobs(NamedTuple):

@@ -27,7 +27,7 @@ from pallas_kernels.stripe_attention import mosaic_stripe_attention
 from pallas_kernels.stripe_kernel import Config, Statics, launch
 from pallas_kernels.tiles import step_table
 from pallas_kernels.tuning import tuned
-from sparsesam_jax.orders import GROUP, curve_order
+from sparsesam_jax.sparsity.orders import GROUP, curve_order
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

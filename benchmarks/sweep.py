@@ -32,9 +32,9 @@ from sparsesam_jax import Sam
 from sparsesam_jax.evaluation.datasets import Photo
 from sparsesam_jax.evaluation.metrics import relative_error
 from sparsesam_jax.evaluation.prompts import mask_box
-from sparsesam_jax.image_encoder import ImageEncoder
-from sparsesam_jax.sam import ImageEmbedding
-from sparsesam_jax.transforms import (
+from sparsesam_jax.model.image_encoder import ImageEncoder
+from sparsesam_jax.model.sam import ImageEmbedding
+from sparsesam_jax.model.transforms import (
     MASK_THRESHOLD,
     normalise,
     resize_and_pad,

@@ -1,7 +1,7 @@
 """SparseSAM's rankings, sequences and block masks in PyTorch, for the FlexAttention peer.
 
-The same algorithm as `sparsesam_jax.plan`, for sparsities that rank by the sobel importance of the
-keys, shared by the heads.
+The same algorithm as `sparsesam_jax.sparsity.plan`, for sparsities that rank by the sobel
+importance of the keys, shared by the heads.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks.process import NotRunError
 from pallas_kernels.block_layout import BlockLayout
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.orders import GROUP, curve_order, spread_sequence
-from sparsesam_jax.plan import attention_layout, num_routed_tokens
+from sparsesam_jax.sparsity.orders import GROUP, curve_order, spread_sequence
+from sparsesam_jax.sparsity.plan import attention_layout, num_routed_tokens
 
 
 def supported(sparsity: Sparsity) -> None:

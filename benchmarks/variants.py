@@ -62,7 +62,7 @@ class Variant(NamedTuple):
     def gmacs(self, config: ImageEncoderConfig) -> float:
         """Computed work of one image, in 10^9 multiply-accumulates."""
         from sparsesam_jax import methods
-        from sparsesam_jax.work import encoder_work
+        from sparsesam_jax.sparsity.work import encoder_work
 
         if self.method is not None:
             work = methods.work(config, *self.method)

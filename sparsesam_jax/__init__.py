@@ -4,15 +4,17 @@ The letters that shapes use are those of `pallas_kernels`; here also P prompts o
 of a prompt, K masks of a prompt, C feature channels.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import lazy_loader
 
 from sparsesam_jax.config import PRESETS, ImageEncoderConfig, SamConfig, Sparsity
 
 if TYPE_CHECKING:
-    from sparsesam_jax.image_encoder import ImageEncoder
-    from sparsesam_jax.predictor import SamPredictor
-    from sparsesam_jax.sam import Prediction, Sam
+    from sparsesam_jax.checkpoints.pretrained import Sam
+    from sparsesam_jax.model.image_encoder import ImageEncoder
+    from sparsesam_jax.model.sam import Prediction
+    from sparsesam_jax.predict.predictor import SamPredictor
 
 __all__ = [
     "PRESETS",
@@ -26,15 +28,12 @@ __all__ = [
 ]
 
 # Imported when first asked for: jax and flax take seconds, and `sparsesam --help` needs neither.
-_LAZY = {
-    "ImageEncoder": "image_encoder",
-    "Prediction": "sam",
-    "Sam": "sam",
-    "SamPredictor": "predictor",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "checkpoints.pretrained": ["Sam"],
+        "model.image_encoder": ["ImageEncoder"],
+        "model.sam": ["Prediction"],
+        "predict.predictor": ["SamPredictor"],
+    },
+)

@@ -2,7 +2,7 @@
 
 import sys
 
-from sparsesam_jax.cli import main
+from sparsesam_jax.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

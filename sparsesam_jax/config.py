@@ -177,7 +177,7 @@ class Sparsity:
         density: How much attention and MLP compute: one number, or one number a block.
         split: What one number means. `equal` is density r in the attention and the MLP of every
             block. `balanced` computes as much in all, but keeps windows dense, thins out global
-            attention and gives the rest to the MLP, see `sparsesam_jax.split`.
+            attention and gives the rest to the MLP, see `sparsesam_jax.sparsity.split`.
         attention_density: Density of Stripe-Sort attention; None takes `density`. With this field
             or the next there is nothing to balance.
         mlp_density: Density of the routed MLP; None takes `density`.

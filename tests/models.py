@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsesam_jax import ImageEncoderConfig, SamConfig, weights
+from sparsesam_jax import ImageEncoderConfig, SamConfig
+from sparsesam_jax.checkpoints import native
 
 SMALL = SamConfig(
     image_encoder=ImageEncoderConfig(
@@ -27,7 +28,7 @@ def random_weights(path: Path, config: SamConfig = SMALL, seed: int = 0) -> Path
     """A weights file with every parameter drawn at random, position tables included."""
     rng = np.random.default_rng(seed)
     arrays = {}
-    for name, spec in weights.parameter_shapes(config).items():
+    for name, spec in native.parameter_shapes(config).items():
         centre = 1.0 if name.endswith("scale") else 0.0
         scale = 0.1
         if name.endswith("kernel"):
@@ -36,5 +37,5 @@ def random_weights(path: Path, config: SamConfig = SMALL, seed: int = 0) -> Path
             scale = 1.0
         draw = rng.standard_normal(spec.shape, np.float32)
         arrays[name] = np.float32(centre) + np.float32(scale) * draw
-    weights.write(path, config, arrays)
+    native.write(path, config, arrays)
     return path

@@ -13,12 +13,12 @@ from models import SMALL, random_weights
 from PIL import Image
 
 from sparsesam_jax import Sam, Sparsity
-from sparsesam_jax.cli import main
+from sparsesam_jax.cli.app import main
 from sparsesam_jax.evaluation import calibrate
 from sparsesam_jax.evaluation.calibrate import Choice
 from sparsesam_jax.evaluation.sparsity_file import read_sparsity
-from sparsesam_jax.transforms import normalise, resize_and_pad
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.model.transforms import normalise, resize_and_pad
+from sparsesam_jax.sparsity.work import encoder_work
 
 # A global block and a windowed one behind it, whose MLP may be routed.
 MODEL = dataclasses.replace(

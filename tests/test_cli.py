@@ -22,12 +22,12 @@ from sparsesam_jax import (
     SamConfig,
     SamPredictor,
     Sparsity,
-    cli,
-    demo,
-    weights,
 )
-from sparsesam_jax.cli import main
-from sparsesam_jax.image_files import read_image
+from sparsesam_jax.checkpoints import native
+from sparsesam_jax.cli import app as cli
+from sparsesam_jax.cli import demo
+from sparsesam_jax.cli.app import main
+from sparsesam_jax.predict.image_files import read_image
 
 CONFIG = SamConfig(
     image_encoder=ImageEncoderConfig(
@@ -51,9 +51,9 @@ def write_tiny(path: Path) -> None:
     rng = np.random.default_rng(0)
     arrays = {
         name: (0.2 * rng.standard_normal(spec.shape) + name.endswith("scale")).astype(np.float32)
-        for name, spec in weights.parameter_shapes(CONFIG).items()
+        for name, spec in native.parameter_shapes(CONFIG).items()
     }
-    weights.write(path, CONFIG, arrays, "tiny")
+    native.write(path, CONFIG, arrays, "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -236,11 +236,11 @@ def test_broken_images(capsys, tmp_path, tiny, photo, content):
 
 
 def test_weights_of_another_shape(capsys, tmp_path, tiny):
-    config, arrays = weights.read(tiny)
-    tensors = {key: weights.TensorSpec(a.shape, a.dtype.name) for key, a in arrays.items()}
+    config, arrays = native.read(tiny)
+    tensors = {key: native.TensorSpec(a.shape, a.dtype.name) for key, a in arrays.items()}
     del tensors["image_encoder.pos_embed"]
     path = tmp_path / "other.safetensors"
-    weights.write_safetensors(path, weights.native_metadata(config), tensors, arrays.__getitem__)
+    native.write_safetensors(path, native.native_metadata(config), tensors, arrays.__getitem__)
     check_error(capsys, ["info", str(path)], "1 missing (image_encoder.pos_embed)")
 
 
@@ -299,7 +299,7 @@ def test_info(capsys, tmp_path, tiny):
     picture = tmp_path / "layout.png"
     assert main(["info", tiny, "--density", "0.4", "--density", "1", "--layout", str(picture)]) == 0
     text = capsys.readouterr().out
-    count = sum(int(np.prod(spec.shape)) for spec in weights.parameter_shapes(CONFIG).values())
+    count = sum(int(np.prod(spec.shape)) for spec in native.parameter_shapes(CONFIG).values())
     assert f"{count:,} in " in text
     assert "embed_dim 32, global_attn_indexes [1]" in text
     assert "26 of 64 tokens in blocks 2; all in the others" in text
@@ -314,7 +314,7 @@ def test_convert_is_the_converter(capsys, tmp_path, tiny):
     assert main(["convert", tiny, meta]) == 0
     assert main(["convert", meta, back, "--dtype", "float16"]) == 0
     assert capsys.readouterr().out == f"wrote {meta}\nwrote {back}\n"
-    assert {spec.dtype for spec in weights.inspect(back)[1].values()} == {"float16"}
+    assert {spec.dtype for spec in native.inspect(back)[1].values()} == {"float16"}
     assert main(["convert", "--help"]) == 0
     assert "--dtype" in capsys.readouterr().out
 

@@ -15,8 +15,7 @@ import torch
 from checkpoints import DTYPES, TINY, meta_shapes, meta_state, same_bits, save_meta
 from safetensors.torch import load_file, save_file
 
-from convert import ConversionError, Dtype, convert_checkpoint
-from sparsesam_jax import weights
+from sparsesam_jax.checkpoints import ConversionError, Dtype, convert_checkpoint, native
 from sparsesam_jax.config import SamConfig
 
 TINY_HQ = dataclasses.replace(TINY, hq=True)
@@ -67,7 +66,7 @@ def test_meta_to_native_has_every_value_in_its_place(tmp_path: Path, config: Sam
     state = {name: torch.nan_to_num(tensor) for name, tensor in state.items()}
     torch.save(state, tmp_path / "sam.pth")
     assert convert_checkpoint(tmp_path / "sam.pth", tmp_path / "sam.safetensors") == config
-    read_config, arrays = weights.read(tmp_path / "sam.safetensors")
+    read_config, arrays = native.read(tmp_path / "sam.safetensors")
     assert read_config == config
     assert len(arrays) == len(state)
     for key, tensor in state.items():
@@ -207,7 +206,7 @@ def test_the_tied_embedding_may_have_either_name_or_both(tmp_path: Path, present
             convert_checkpoint(path, tmp_path / "a.safetensors", config=HUGGINGFACE)
         return
     convert_checkpoint(path, tmp_path / "a.safetensors", config=HUGGINGFACE)
-    _, arrays = weights.read(tmp_path / "a.safetensors")
+    _, arrays = native.read(tmp_path / "a.safetensors")
     matrix = arrays["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"]
     np.testing.assert_array_equal(matrix, state[TIED[0]].numpy())
 

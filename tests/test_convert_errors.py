@@ -18,9 +18,8 @@ import torch
 from checkpoints import TINY, meta_state, save_meta
 from safetensors.torch import save_file
 
-from convert import ConversionError, convert_checkpoint
-from convert.__main__ import main
-from sparsesam_jax import weights
+from sparsesam_jax.checkpoints import ConversionError, convert_checkpoint, native
+from sparsesam_jax.cli.convert import main
 from sparsesam_jax.config import ImageEncoderConfig
 
 
@@ -284,7 +283,7 @@ def test_the_command_line_converts(tmp_path: Path, capsys: pytest.CaptureFixture
     options = ["--dtype", "bfloat16", "--config", str(tmp_path / "config.json")]
     assert main([str(tmp_path / "a.pth"), str(path), *options]) == 0
     assert capsys.readouterr().out == f"wrote {path}\n"
-    config, arrays = weights.read(path)
+    config, arrays = native.read(path)
     assert config == TINY
     assert {array.dtype.name for array in arrays.values()} == {"bfloat16"}
 
@@ -294,7 +293,7 @@ def test_safetensors_need_no_torch_in_either_direction(tmp_path: Path):
     convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors")
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from convert import ConversionError, convert_checkpoint\n"
+        "from sparsesam_jax.checkpoints import ConversionError, convert_checkpoint\n"
         "convert_checkpoint('a.safetensors', 'hf', to='huggingface')\n"
         "convert_checkpoint('hf', 'b.safetensors')\n"
         "try: convert_checkpoint('a.pth', 'c.safetensors')\n"
@@ -316,17 +315,17 @@ def test_peak_memory_is_at_most_1_3_times_the_file(tmp_path: Path):
     # The baseline is what the process has when everything is imported and traced. Writing 5 to
     # clear_refs sets the peak back to what is resident at that moment.
     code = (
-        "import sys, torch, convert, convert.torch_checkpoint\n"
-        "from sparsesam_jax import weights\n"
+        "import sys, torch, sparsesam_jax.checkpoints.torch_checkpoint\n"
+        "from sparsesam_jax.checkpoints import convert_checkpoint, native\n"
         "from sparsesam_jax.config import SamConfig\n"
         "def resident(name):\n"
         "    line = next(line for line in open('/proc/self/status') if line.startswith(name))\n"
         "    return int(line.split()[1]) * 1024\n"
-        "weights.parameter_shapes(SamConfig.from_json(sys.argv[1]))\n"
+        "native.parameter_shapes(SamConfig.from_json(sys.argv[1]))\n"
         "for source, target in (('a.pth', 'a.safetensors'), ('a.safetensors', 'b.pth')):\n"
         "    open('/proc/self/clear_refs', 'w').write('5')\n"
         "    before = resident('VmRSS')\n"
-        "    convert.convert_checkpoint(source, target)\n"
+        "    convert_checkpoint(source, target)\n"
         "    print(resident('VmHWM') - before)\n"
     )
     run = subprocess.run(

@@ -14,9 +14,8 @@ from checkpoints import DTYPES, TINY, meta_shapes, same_bits, save_meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import ConversionError, convert_checkpoint, rules
-from convert.recognise import recognise
-from sparsesam_jax import weights
+from sparsesam_jax.checkpoints import ConversionError, convert_checkpoint, native, rules
+from sparsesam_jax.checkpoints.recognise import recognise
 from sparsesam_jax.config import PRESETS, ImageEncoderConfig, SamConfig
 
 TINY_HQ = dataclasses.replace(TINY, hq=True)
@@ -52,7 +51,7 @@ def test_a_given_config_must_be_the_files(tmp_path: Path):
     save_meta(tmp_path / "a.pth")
     other = dataclasses.replace(TINY, decoder_num_heads=2)
     convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors", config=other)
-    assert weights.read(tmp_path / "a.safetensors")[0] == other
+    assert native.read(tmp_path / "a.safetensors")[0] == other
     with pytest.raises(ConversionError, match="must have the given config"):
         convert_checkpoint(tmp_path / "a.safetensors", tmp_path / "b.pth", config=TINY)
     with pytest.raises(ConversionError, match=r"1 unknown|missing"):

@@ -8,8 +8,10 @@ import pytest
 from models import random_weights
 from PIL import Image
 
-from sparsesam_jax import Sam, SamPredictor, device_transforms, transforms
-from sparsesam_jax.device_transforms import matrix_taps, pillow_taps
+from sparsesam_jax import Sam, SamPredictor
+from sparsesam_jax.model import transforms
+from sparsesam_jax.predict import device_transforms
+from sparsesam_jax.predict.device_transforms import matrix_taps, pillow_taps
 
 
 @pytest.fixture(scope="module")

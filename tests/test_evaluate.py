@@ -11,12 +11,12 @@ from models import SMALL, random_weights
 from PIL import Image
 
 from sparsesam_jax import Sam, SamPredictor, Sparsity
-from sparsesam_jax.cli import main
+from sparsesam_jax.cli.app import main
 from sparsesam_jax.evaluation import runner
 from sparsesam_jax.evaluation.metrics import boundary_iou, iou
 from sparsesam_jax.evaluation.rows import RowFile
 from sparsesam_jax.evaluation.sparsity_file import read_sparsity, write_sparsity
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.sparsity.work import encoder_work
 
 KEYS = [
     *("method", "density", "prompts", "protocol", "images", "miou", "boundary_iou"),

@@ -14,9 +14,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from sparsesam_jax import Sam, SamPredictor, Sparsity
-from sparsesam_jax.cli import main
+from sparsesam_jax.cli.app import main
 from sparsesam_jax.evaluation import coco
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.sparsity.work import encoder_work
 
 MODEL = dataclasses.replace(
     SMALL,

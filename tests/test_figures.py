@@ -16,14 +16,15 @@ from models import SMALL, random_weights
 from PIL import Image
 
 from pallas_kernels import BlockLayout
-from sparsesam_jax import Sam, Sparsity, orders
-from sparsesam_jax.cli import main
-from sparsesam_jax.cli_analysis import FigureKind
+from sparsesam_jax import Sam, Sparsity
+from sparsesam_jax.cli.analysis import FigureKind
+from sparsesam_jax.cli.app import main
 from sparsesam_jax.evaluation import figures
-from sparsesam_jax.image_encoder import ImageEncoder
-from sparsesam_jax.importance import group_importance
-from sparsesam_jax.plan import Plan
-from sparsesam_jax.transforms import normalise, resize_and_pad
+from sparsesam_jax.model.image_encoder import ImageEncoder
+from sparsesam_jax.model.transforms import normalise, resize_and_pad
+from sparsesam_jax.sparsity import orders
+from sparsesam_jax.sparsity.importance import group_importance
+from sparsesam_jax.sparsity.plan import Plan
 
 MODEL = dataclasses.replace(
     SMALL,

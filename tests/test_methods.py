@@ -24,7 +24,7 @@ from sparsesam_jax.methods.pitome import PiToMe
 from sparsesam_jax.methods.sparge import SpargeAttention
 from sparsesam_jax.methods.structsam import StructSam
 from sparsesam_jax.methods.tome import ToMe
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.sparsity.work import encoder_work
 
 CLASSES = {
     "tome": ToMe,

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsesam_jax import orders
-from sparsesam_jax.orders import curve_order, stripe_sequence
+from sparsesam_jax.sparsity import orders
+from sparsesam_jax.sparsity.orders import curve_order, stripe_sequence
 
 sides = st.integers(1, 24)
 # What runs in JAX compiles once a shape: fewer than a group, prime, narrow and square grids.

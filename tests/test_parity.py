@@ -15,17 +15,16 @@ transformers = pytest.importorskip("transformers")
 from models import random_weights  # noqa: E402
 from skimage import data  # noqa: E402
 
-from convert import convert_checkpoint  # noqa: E402
 from sparsesam_jax import (  # noqa: E402
     PRESETS,
     ImageEncoderConfig,
     Sam,
     SamConfig,
     SamPredictor,
-    weights,
 )
-from sparsesam_jax.sam import locate  # noqa: E402
-from sparsesam_jax.transforms import resized_shape  # noqa: E402
+from sparsesam_jax.checkpoints import convert_checkpoint, native  # noqa: E402
+from sparsesam_jax.checkpoints.pretrained import locate  # noqa: E402
+from sparsesam_jax.model.transforms import resized_shape  # noqa: E402
 
 # Meta's decoder has torch's LayerNorm epsilon; transformers takes its configuration's.
 DECODER_EPSILON = 1e-5
@@ -34,7 +33,7 @@ DECODER_EPSILON = 1e-5
 def torch_model(path: Path, folder: Path) -> transformers.SamModel:
     """transformers' model of the same weights."""
     convert_checkpoint(path, folder, to="huggingface", dtype="float32")
-    hq = weights.read(path)[0].hq
+    hq = native.read(path)[0].hq
     kind = transformers.SamHQModel if hq else transformers.SamModel
     model, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -67,7 +66,7 @@ def check_pipeline(
     path: Path, folder: Path, image: np.ndarray, multimask_outputs: tuple[bool, ...] = (False, True)
 ) -> None:
     """Encoder, and masks through SamPredictor, for a box and for points with a mask input."""
-    size = weights.read(path)[0].image_encoder.image_size
+    size = native.read(path)[0].image_encoder.image_size
     sam, model = Sam.from_pretrained(path), torch_model(path, folder)
     predictor = SamPredictor(sam)
     predictor.set_image(image)

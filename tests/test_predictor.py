@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import SMALL, random_weights
 
-from sparsesam_jax import Sam, SamPredictor, Sparsity, transforms
-from sparsesam_jax import predictor as predictor_module
-from sparsesam_jax.image_encoder import ImageEncoder
-from sparsesam_jax.mask_decoder import MaskDecoder
+from sparsesam_jax import Sam, SamPredictor, Sparsity
+from sparsesam_jax.model import transforms
+from sparsesam_jax.model.image_encoder import ImageEncoder
+from sparsesam_jax.model.mask_decoder import MaskDecoder
+from sparsesam_jax.predict import predictor as predictor_module
 
 BOX = np.array([10.0, 20.0, 90.0, 70.0])
 POINTS, LABELS = np.array([[40.0, 50.0], [80.0, 20.0]]), np.array([1, 0])

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from benchmarks import candidates, records, shapes, sweep_table
 from benchmarks.__main__ import app
 from benchmarks.variants import DENSE, PRESETS, Variant, preset_variants, read_variants
-from sparsesam_jax import Sparsity, weights
+from sparsesam_jax import Sparsity
+from sparsesam_jax.checkpoints import native
 from sparsesam_jax.methods import NAMES
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.sparsity.work import encoder_work
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +38,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         Image.fromarray(image.astype(np.uint8)).save(folder / "images" / f"{index}.png")
         Image.fromarray(255 * mask.astype(np.uint8)).save(folder / "masks" / f"{index}.png")
     config = shapes.model_config(shapes.QUICK_MODEL)
-    weights.write(folder / "quick.safetensors", config, shapes.random_weights(config))
+    native.write(folder / "quick.safetensors", config, shapes.random_weights(config))
     return [
         *("--images", f"{folder}/images", "--masks", f"{folder}/masks"),
         *("--weights", f"{folder}/quick.safetensors", "--batch", "2"),

@@ -17,9 +17,8 @@ torch = pytest.importorskip("torch")
 from checkpoints import TINY, save_meta  # noqa: E402
 from test_cli import write_tiny  # noqa: E402
 
-from convert import convert_checkpoint  # noqa: E402
-from sparsesam_jax import sam  # noqa: E402
-from sparsesam_jax.cli import main  # noqa: E402
+from sparsesam_jax.checkpoints import convert_checkpoint, pretrained  # noqa: E402
+from sparsesam_jax.cli.app import main  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,8 +49,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.fromarray(pixels).save("photo.jpg")
     embedded = tmp_path / "embedded.safetensors"
     write_tiny(embedded)
-    locate = sam.locate
-    monkeypatch.setattr(sam, "locate", lambda name: embedded if name == "vit_t" else locate(name))
+    locate = pretrained.locate
+    monkeypatch.setattr(
+        pretrained, "locate", lambda name: embedded if name == "vit_t" else locate(name)
+    )
     save_meta(tmp_path / "sam_vit_b_01ec64.pth")
     hq = type(TINY)(**{**vars(TINY), "hq": True})
     save_meta(tmp_path / "sam_hq_vit_b.pth", hq)
@@ -99,7 +100,7 @@ def test_set_up_commands_fit_the_project():
                 assert set(name.split(",")) <= extras.keys()
     for name in re.findall(r"`(\w+)` brings|`(\w+)` what", README):
         assert set(name) & extras.keys(), name
-    assert PROJECT["scripts"]["sparsesam"] == "sparsesam_jax.cli:main"
+    assert PROJECT["scripts"]["sparsesam"] == "sparsesam_jax.cli.app:main"
     assert PROJECT["requires-python"] == ">=3.11"
     assert any(requirement.startswith("pytest") for requirement in extras["test-jax"])
     # The demo's photo comes with scikit-image, so that has to come without an extra.

@@ -12,8 +12,8 @@ from flax import nnx
 from models import SMALL, random_weights
 
 from sparsesam_jax import PRESETS, Sam, Sparsity
-from sparsesam_jax.prompt_encoder import ABSENT
-from sparsesam_jax.sam import ImageEmbedding
+from sparsesam_jax.model.prompt_encoder import ABSENT
+from sparsesam_jax.model.sam import ImageEmbedding
 
 SPARSE = Sparsity(0.3, block_size=16)
 POINTS = jnp.array([[[[30.0, 40.0], [90.0, 80.0]]]])
@@ -146,7 +146,7 @@ def test_tables_made_beforehand_change_nothing(sam: Sam):
 
 def test_position_tables_interpolate_as_torch_does():
     torch = pytest.importorskip("torch")
-    from sparsesam_jax.image_encoder import relative_table
+    from sparsesam_jax.model.image_encoder import relative_table
 
     table = np.random.default_rng(0).standard_normal((27, 8)).astype(np.float32)
     for grid in (9, 14, 20):

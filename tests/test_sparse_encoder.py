@@ -14,11 +14,11 @@ import pytest
 from flax import nnx
 
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.image_encoder import ImageEncoder
-from sparsesam_jax.importance import block_importance, group_importance, rank
-from sparsesam_jax.orders import block_sequence, curve_order, stripe_sequence, token_order
-from sparsesam_jax.plan import attention_layout, num_routed_tokens
-from sparsesam_jax.split import block_densities
+from sparsesam_jax.model.image_encoder import ImageEncoder
+from sparsesam_jax.sparsity.importance import block_importance, group_importance, rank
+from sparsesam_jax.sparsity.orders import block_sequence, curve_order, stripe_sequence, token_order
+from sparsesam_jax.sparsity.plan import attention_layout, num_routed_tokens
+from sparsesam_jax.sparsity.split import block_densities
 
 DENSITIES = (0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 GRIDS = ((14, 14), (16, 16), (32, 32), (64, 64), (9, 5), (3, 3))

@@ -6,8 +6,8 @@ import itertools
 import pytest
 
 from sparsesam_jax import PRESETS, Sparsity
-from sparsesam_jax.split import block_densities, is_routed
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.sparsity.split import block_densities, is_routed
+from sparsesam_jax.sparsity.work import encoder_work
 
 DENSITIES = (0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
 

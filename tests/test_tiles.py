@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.tiles import BLOCK, SIDE, Tiling, find_tiling, step_table
-from sparsesam_jax.orders import GROUP, curve_order
+from sparsesam_jax.sparsity.orders import GROUP, curve_order
 
 SPARSE = 0.3
 

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 from checkpoints import TINY
 
-from sparsesam_jax import weights
+from sparsesam_jax.checkpoints import native
 from sparsesam_jax.config import PRESETS, SamConfig
 
 
@@ -24,7 +24,7 @@ def random_arrays(config: SamConfig, dtype: str = "float32") -> dict[str, np.nda
     rng = np.random.default_rng(0)
     return {
         name: rng.standard_normal(spec.shape).astype(dtype)
-        for name, spec in weights.parameter_shapes(config).items()
+        for name, spec in native.parameter_shapes(config).items()
     }
 
 
@@ -36,29 +36,29 @@ def test_parameters_are_those_of_metas_state_dict(config: SamConfig, hq: bool):
     for key, shape in checkpoints.meta_shapes(config).items():
         name, axes = checkpoints.native_of(key, shape)
         expected[name] = tuple(shape[axis] for axis in axes)
-    found = {name: spec.shape for name, spec in weights.parameter_shapes(config).items()}
+    found = {name: spec.shape for name, spec in native.parameter_shapes(config).items()}
     assert found == expected
 
 
 def test_parameter_counts_of_vit_b():
-    shapes = weights.parameter_shapes(PRESETS["vit_b"])
+    shapes = native.parameter_shapes(PRESETS["vit_b"])
     assert len(shapes) == 314
     assert round(sum(np.prod(spec.shape) for spec in shapes.values()) / 1e6, 1) == 93.7
-    hq = weights.parameter_shapes(dataclasses.replace(PRESETS["vit_b"], hq=True))
+    hq = native.parameter_shapes(dataclasses.replace(PRESETS["vit_b"], hq=True))
     assert len(hq) == 314 + 25
 
 
-@pytest.mark.parametrize("dtype", weights.DTYPES)
+@pytest.mark.parametrize("dtype", native.DTYPES)
 def test_reads_back_what_it_wrote(tmp_path: Path, dtype: str):
     path, arrays = tmp_path / "w.safetensors", random_arrays(TINY, dtype)
-    weights.write(path, TINY, arrays, name="tiny")
-    config, read = weights.read(path)
+    native.write(path, TINY, arrays, name="tiny")
+    config, read = native.read(path)
     assert config == TINY
     assert read.keys() == arrays.keys()
     for name, array in arrays.items():
         assert read[name].dtype == np.dtype(dtype)
         np.testing.assert_array_equal(read[name], array)
-    assert weights.inspect(path)[0] == {
+    assert native.inspect(path)[0] == {
         "format": "sparsesam_jax",
         "config": TINY.to_json(),
         "name": "tiny",
@@ -69,10 +69,10 @@ def test_reads_back_what_it_wrote(tmp_path: Path, dtype: str):
 def test_the_safetensors_library_reads_mixed_dtypes_each_aligned(tmp_path: Path):
     path, arrays = tmp_path / "w.safetensors", random_arrays(TINY)
     arrays = {
-        name: array.astype(weights.DTYPES[index % 3])
+        name: array.astype(native.DTYPES[index % 3])
         for index, (name, array) in enumerate(arrays.items())
     }
-    weights.write(path, TINY, arrays)
+    native.write(path, TINY, arrays)
     read = safetensors.numpy.load_file(path)
     assert read.keys() == arrays.keys()
     for name, array in arrays.items():
@@ -89,8 +89,8 @@ def test_the_safetensors_library_reads_mixed_dtypes_each_aligned(tmp_path: Path)
 
 def test_writes_jax_arrays(tmp_path: Path):
     arrays = {name: jnp.asarray(array) for name, array in random_arrays(TINY, "bfloat16").items()}
-    weights.write(tmp_path / "w.safetensors", TINY, arrays)
-    _, read = weights.read(tmp_path / "w.safetensors")
+    native.write(tmp_path / "w.safetensors", TINY, arrays)
+    _, read = native.read(tmp_path / "w.safetensors")
     assert all(array.dtype == ml_dtypes.bfloat16 for array in read.values())
 
 
@@ -102,7 +102,7 @@ def test_write_lists_all_problems_and_leaves_the_old_file(tmp_path: Path):
     arrays["image_encoder.neck.1.scale"] = np.zeros((1, 16), np.float32)
     arrays["image_encoder.neck.1.bias"] = np.zeros(16, np.int32)
     with pytest.raises(ValueError, match=r"^arrays must be the parameters of config") as error:
-        weights.write(path, TINY, arrays)
+        native.write(path, TINY, arrays)
     message = str(error.value)
     for text in (
         "1 missing (image_encoder.pos_embed)",
@@ -117,19 +117,19 @@ def test_write_lists_all_problems_and_leaves_the_old_file(tmp_path: Path):
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path):
-    specs = {name: weights.TensorSpec((4,), "float32") for name in "ab"}
+    specs = {name: native.TensorSpec((4,), "float32") for name in "ab"}
 
     def load(name: str) -> np.ndarray:
         return np.zeros(4 if name == "a" else 5, np.float32)
 
     with pytest.raises(ValueError, match="b must be"):
-        weights.write_safetensors(tmp_path / "w.safetensors", {}, specs, load)
+        native.write_safetensors(tmp_path / "w.safetensors", {}, specs, load)
     assert not list(tmp_path.iterdir())
 
 
 def broken_files(folder: Path) -> dict[str, Path]:
     good = folder / "good.safetensors"
-    weights.write(good, TINY, random_arrays(TINY))
+    native.write(good, TINY, random_arrays(TINY))
     content = good.read_bytes()
     files = {
         "empty": b"",
@@ -145,7 +145,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, folder / "foreign")
-    metadata = weights.native_metadata(TINY)
+    metadata = native.native_metadata(TINY)
     integers = {"a": np.zeros(3, np.int32)}
     safetensors.numpy.save_file(integers, folder / "integers", metadata)
     return {name: folder / name for name in (*files, "foreign", "integers")}
@@ -154,19 +154,19 @@ def broken_files(folder: Path) -> dict[str, Path]:
 def test_what_is_no_weights_file_gives_one_line(tmp_path: Path):
     for name, path in broken_files(tmp_path).items():
         with pytest.raises(ValueError) as error:
-            weights.read(path)
+            native.read(path)
         assert "\n" not in str(error.value), name
     with pytest.raises(FileNotFoundError):
-        weights.read(tmp_path / "absent")
+        native.read(tmp_path / "absent")
 
 
 def test_reading_needs_no_torch(tmp_path: Path):
     path = tmp_path / "w.safetensors"
-    weights.write(path, TINY, random_arrays(TINY, "bfloat16"))
+    native.write(path, TINY, random_arrays(TINY, "bfloat16"))
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from sparsesam_jax import weights\n"
-        "config, arrays = weights.read(sys.argv[1])\n"
+        "from sparsesam_jax.checkpoints import native\n"
+        "config, arrays = native.read(sys.argv[1])\n"
         "print(len(arrays), arrays['image_encoder.pos_embed'].dtype)\n"
     )
     run = subprocess.run(

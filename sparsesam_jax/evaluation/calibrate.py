@@ -30,15 +30,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.evaluation.sparsity_file import write_sparsity
-from sparsesam_jax.image_encoder import ImageEncoder
-from sparsesam_jax.image_files import read_image
-from sparsesam_jax.plan import Plan, check_sparsity
-from sparsesam_jax.sam import Sam
-from sparsesam_jax.split import block_densities
-from sparsesam_jax.transforms import normalise, resize_and_pad
-from sparsesam_jax.work import BlockWork, encoder_work
+from sparsesam_jax.model.image_encoder import ImageEncoder
+from sparsesam_jax.model.transforms import normalise, resize_and_pad
+from sparsesam_jax.predict.image_files import read_image
+from sparsesam_jax.sparsity.plan import Plan, check_sparsity
+from sparsesam_jax.sparsity.split import block_densities
+from sparsesam_jax.sparsity.work import BlockWork, encoder_work
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 

@@ -25,13 +25,13 @@ from rich.table import Table
 
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax import methods
+from sparsesam_jax.checkpoints.atomic import atomic_path
+from sparsesam_jax.checkpoints.pretrained import Sam, locate
+from sparsesam_jax.evaluation.candidates import DENSE, Candidate
 from sparsesam_jax.evaluation.coco_masks import Detection, ImageMasks, MaskFile
 from sparsesam_jax.evaluation.run_settings import settle
-from sparsesam_jax.evaluation.runner import DENSE, Candidate
-from sparsesam_jax.image_files import read_image
-from sparsesam_jax.predictor import SamPredictor
-from sparsesam_jax.sam import Sam, locate
-from sparsesam_jax.weights import atomic_path
+from sparsesam_jax.predict.image_files import read_image
+from sparsesam_jax.predict.predictor import SamPredictor
 
 _BOXES = 32  # prompts of a decoder call
 _STATISTICS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}

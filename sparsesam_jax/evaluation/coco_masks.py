@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparsesam_jax.weights import atomic_path
+from sparsesam_jax.checkpoints.atomic import atomic_path
 
 Detection = dict[str, Any]  # COCO's: image_id, category_id, score and bbox x y w h or segmentation
 

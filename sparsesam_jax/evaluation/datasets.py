@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from sparsesam_jax.image_files import read_image
+from sparsesam_jax.predict.image_files import read_image
 
 _FOREGROUND = 128  # ground truth is what is brighter
 

@@ -26,14 +26,11 @@ from PIL import Image
 from scipy import stats
 
 from pallas_kernels import BlockLayout
-from sparsesam_jax import orders
+from sparsesam_jax.checkpoints.atomic import atomic_path
+from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.config import Curve, Importance, Sparsity
 from sparsesam_jax.evaluation.metrics import iou, relative_error
 from sparsesam_jax.evaluation.plots import check_matplotlib
-from sparsesam_jax.image_encoder import ImageEncoder
-from sparsesam_jax.image_files import read_image
-from sparsesam_jax.importance import group_importance, rank
-from sparsesam_jax.layers import add
 from sparsesam_jax.methods.sequences import (
     Sequences,
     block_sequences,
@@ -42,13 +39,16 @@ from sparsesam_jax.methods.sequences import (
     product,
     softmax,
 )
-from sparsesam_jax.overlay import draw_masks, side_by_side
-from sparsesam_jax.plan import Plan, attention_layout
-from sparsesam_jax.predictor import SamPredictor
-from sparsesam_jax.prompts import Prompt
-from sparsesam_jax.sam import Sam
-from sparsesam_jax.transforms import normalise, resize_and_pad
-from sparsesam_jax.weights import atomic_path
+from sparsesam_jax.model.image_encoder import ImageEncoder
+from sparsesam_jax.model.layers import add
+from sparsesam_jax.model.transforms import normalise, resize_and_pad
+from sparsesam_jax.predict.image_files import read_image
+from sparsesam_jax.predict.overlay import draw_masks, side_by_side
+from sparsesam_jax.predict.predictor import SamPredictor
+from sparsesam_jax.predict.prompts import Prompt
+from sparsesam_jax.sparsity import orders
+from sparsesam_jax.sparsity.importance import group_importance, rank
+from sparsesam_jax.sparsity.plan import Plan, attention_layout
 
 Photos = dict[str, np.ndarray]  # by name, RGB
 

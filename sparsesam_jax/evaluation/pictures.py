@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from sparsesam_jax.evaluation.candidates import DENSE, Candidate
 from sparsesam_jax.evaluation.prompts import mask_prompt
 from sparsesam_jax.evaluation.rows import RowFile
-from sparsesam_jax.image_files import write_images
-from sparsesam_jax.overlay import draw_masks, side_by_side
-
-if TYPE_CHECKING:
-    from sparsesam_jax.evaluation.runner import Candidate, Evaluation
+from sparsesam_jax.evaluation.runner import Evaluation
+from sparsesam_jax.predict.image_files import write_images
+from sparsesam_jax.predict.overlay import draw_masks, side_by_side
 
 _EACH = 3  # best and worst images of a picture
 _SIDE = 480  # longest side of a photo in it
@@ -45,8 +43,6 @@ def write_extremes(evaluation: Evaluation, file: RowFile, out: Path) -> list[Pat
 
 
 def _picture(evaluation: Evaluation, file: RowFile, candidate: Candidate) -> Image.Image:
-    from sparsesam_jax.evaluation.runner import DENSE
-
     pairs = {pair.name: pair for pair in evaluation.pairs if pair.name not in evaluation.problems}
 
     def row(of: Candidate, name: str):

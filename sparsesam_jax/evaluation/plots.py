@@ -6,8 +6,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparsesam_jax.checkpoints.atomic import atomic_path
 from sparsesam_jax.evaluation.summary import Summary
-from sparsesam_jax.weights import atomic_path
 
 
 def check_matplotlib() -> None:

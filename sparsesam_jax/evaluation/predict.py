@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparsesam_jax.evaluation.datasets import Photo
 from sparsesam_jax.evaluation.protocols import Protocol, Query
-from sparsesam_jax.predictor import SamPredictor
+from sparsesam_jax.predict.predictor import SamPredictor
 
 
 class Predictions(NamedTuple):

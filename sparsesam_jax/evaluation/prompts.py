@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Num
 from scipy import ndimage
 
-from sparsesam_jax.prompts import Prompt
+from sparsesam_jax.predict.prompts import Prompt
 
 PromptKind = Literal["box", "point", "points3", "box+point"]
 

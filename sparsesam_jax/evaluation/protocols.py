@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Num, UInt8
 
 from sparsesam_jax.evaluation.datasets import Photo
 from sparsesam_jax.evaluation.prompts import PromptKind, mask_prompt
-from sparsesam_jax.prompts import Prompt
-from sparsesam_jax.transforms import MASK_THRESHOLD
+from sparsesam_jax.model.transforms import MASK_THRESHOLD
+from sparsesam_jax.predict.prompts import Prompt
 
 ProtocolName = Literal["sam", "hq44k", "release"]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sparsesam_jax.weights import atomic_path
+from sparsesam_jax.checkpoints.atomic import atomic_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

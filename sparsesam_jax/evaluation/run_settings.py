@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsesam_jax.weights import atomic_path
+from sparsesam_jax.checkpoints.atomic import atomic_path
 
 
 def settle(out: Path, settings: Mapping[str, Any], *, resume: bool) -> None:

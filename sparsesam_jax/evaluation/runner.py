@@ -1,66 +1,30 @@
-"""`sparsesam evaluate`: every method at every density on every image, resumable batch by batch."""
+"""Every method at every density on every image, batch by batch."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax import methods
-from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.evaluation import pictures, plots
+from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.evaluation import summary as summaries
+from sparsesam_jax.evaluation.candidates import DENSE, Candidate
 from sparsesam_jax.evaluation.datasets import Pair, Photo, read_photo
 from sparsesam_jax.evaluation.metrics import boundary_iou, iou, relative_error
 from sparsesam_jax.evaluation.predict import Predictions, predict
 from sparsesam_jax.evaluation.prompts import PromptKind, check_kind
 from sparsesam_jax.evaluation.protocols import Protocol, make_protocol
 from sparsesam_jax.evaluation.rows import Row, RowFile
-from sparsesam_jax.evaluation.run_settings import settle
 from sparsesam_jax.evaluation.summary import Summary
-from sparsesam_jax.predictor import SamPredictor
-from sparsesam_jax.sam import Sam, locate
-from sparsesam_jax.weights import atomic_path
-from sparsesam_jax.work import encoder_work
+from sparsesam_jax.predict.predictor import SamPredictor
 
 _READERS = 4  # threads that decode the photos of a batch
-
-
-class Candidate(NamedTuple):
-    """What is measured: a method by name at a density, or a `Sparsity` of one's own."""
-
-    method: str
-    density: float
-    sparsity: Sparsity | None = None
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether this is the dense encoder, whatever it is called."""
-        return self.density == 1 and self.sparsity is None
-
-    def model(self, sam: Sam) -> Sam:
-        """The dense model with the method."""
-        if self.sparsity is not None:
-            return sam.with_sparsity(self.sparsity)
-        return sam if self.is_dense else methods.apply(sam, self.method, self.density)
-
-    def gmacs(self, config: ImageEncoderConfig) -> float:
-        """Counted work of one image, in 10^9 multiply-accumulates."""
-        if self.sparsity is not None or self.is_dense:
-            return encoder_work(config, self.sparsity).total / 1e9
-        return methods.work(config, self.method, self.density).total / 1e9
-
-
-DENSE = Candidate("dense", 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,75 +206,8 @@ class Evaluation:
             )
 
 
-def run(options: Options, pairs: Sequence[Pair], console: Console) -> Report:
-    """Evaluate, write everything into `options.out`, print the table.
-
-    Writes `rows.csv` as it measures, then `summary.json`, `problems.json`, `quality.png` and one
-    picture a method with its best and worst images.
-
-    Raises:
-        ValueError: An argument is not as it must be, `out` holds another run, or no image is
-            usable.
-    """
-    plots.check_matplotlib()
-    evaluation = Evaluation(options, pairs)
-    out = options.out
-    if not out.absolute().parent.is_dir() or (out.exists() and not out.is_dir()):
-        raise ValueError(f"out must be a folder, or a new one in a folder, got {str(out)!r}")
-    settle(out, _settings(options, pairs), resume=options.resume)
-    file = RowFile(out / "rows.csv", resume=options.resume)
-    total = len(evaluation.predictors) * len(pairs)
-    with _progress(console, total) as advance:
-        evaluation.measure(file, advance)
-    with atomic_path(out / "problems.json") as temporary:
-        temporary.write_text(json.dumps(evaluation.problems, indent=1) + "\n", "utf-8")
-    report = evaluation.report(file)
-    summaries.write(out / "summary.json", report.summaries)
-    plots.quality_by_density(report.summaries, out / "quality.png")
-    pictures.write_extremes(evaluation, file, out)
-    console.print(summaries.table(report.summaries))
-    return report
-
-
-def _settings(options: Options, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """What rows of one file must share."""
-    return {
-        "weights": options.weights,
-        "weights_bytes": locate(options.weights).stat().st_size,
-        "prompts": options.prompts,
-        "protocol": options.protocol,
-        "batch": options.batch,
-        "dtype": options.compute_dtype,
-        "implementation": options.implementation,
-        "sparsities": {
-            candidate.method: dataclasses.asdict(candidate.sparsity)
-            for candidate in options.candidates
-            if candidate.sparsity is not None
-        },
-        "images": [pair.name for pair in pairs],
-    }
-
-
 def _read(pair: Pair) -> Photo | str:
     try:
         return read_photo(pair)
     except ValueError as error:
         return str(error)
-
-
-@contextlib.contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[Candidate, int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("compiling", total=total)
-
-        def advance(candidate: Candidate, images: int) -> None:
-            text = f"{candidate.method} {candidate.density:g}"
-            progress.update(task, description=text, advance=images)
-
-        yield advance

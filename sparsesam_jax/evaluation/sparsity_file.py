@@ -6,8 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from sparsesam_jax.checkpoints.atomic import atomic_path
 from sparsesam_jax.config import Sparsity
-from sparsesam_jax.weights import atomic_path
 
 
 def read_sparsity(path: Path) -> Sparsity:

@@ -11,8 +11,8 @@ from typing import TypedDict
 from rich import box
 from rich.table import Table
 
+from sparsesam_jax.checkpoints.atomic import atomic_path
 from sparsesam_jax.evaluation.rows import Row
-from sparsesam_jax.weights import atomic_path
 
 
 class Summary(TypedDict):

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.config import ImageEncoderConfig
-from sparsesam_jax.image_encoder import AttentionTables, ImageEncoder
-from sparsesam_jax.sam import Sam
-from sparsesam_jax.work import EncoderWork
+from sparsesam_jax.model.image_encoder import ImageEncoder
+from sparsesam_jax.sparsity.plan import AttentionTables
+from sparsesam_jax.sparsity.work import EncoderWork
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,16 +18,16 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparsesam_jax import orders
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.image_encoder import Block, ImageEncoder
-from sparsesam_jax.layers import add
-from sparsesam_jax.macs import mlp_work
 from sparsesam_jax.methods.base import Method
 from sparsesam_jax.methods.sequences import dense_mlp
-from sparsesam_jax.plan import Plan
-from sparsesam_jax.split import block_densities
-from sparsesam_jax.work import EncoderWork, encoder_work
+from sparsesam_jax.model.image_encoder import Block, ImageEncoder
+from sparsesam_jax.model.layers import add
+from sparsesam_jax.sparsity import orders
+from sparsesam_jax.sparsity.macs import mlp_work
+from sparsesam_jax.sparsity.plan import Plan
+from sparsesam_jax.sparsity.split import block_densities
+from sparsesam_jax.sparsity.work import EncoderWork, encoder_work
 
 Skipped = Literal["mean", "mean_input", "first"]
 

@@ -21,9 +21,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsesam_jax.config import ImageEncoderConfig
-from sparsesam_jax.image_encoder import Block
-from sparsesam_jax.layers import add
-from sparsesam_jax.macs import mlp_work
 from sparsesam_jax.methods.sequences import (
     Grid,
     SequenceMethod,
@@ -37,7 +34,10 @@ from sparsesam_jax.methods.sequences import (
     softmax,
     window_count,
 )
-from sparsesam_jax.work import EncoderWork
+from sparsesam_jax.model.image_encoder import Block
+from sparsesam_jax.model.layers import add
+from sparsesam_jax.sparsity.macs import mlp_work
+from sparsesam_jax.sparsity.work import EncoderWork
 
 
 class Merged(NamedTuple):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.methods.base import Method, with_method
-from sparsesam_jax.sam import Sam
-from sparsesam_jax.work import EncoderWork, encoder_work
+from sparsesam_jax.sparsity.work import EncoderWork, encoder_work
 
 _SPARSITIES: dict[str, Any] = {
     "sparsesam": Sparsity,

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsesam_jax.config import ImageEncoderConfig
-from sparsesam_jax.image_encoder import Block
 from sparsesam_jax.methods.sequences import (
     Grid,
     SequenceMethod,
@@ -22,7 +21,8 @@ from sparsesam_jax.methods.sequences import (
     dense_mlp,
     sequence_work,
 )
-from sparsesam_jax.work import EncoderWork
+from sparsesam_jax.model.image_encoder import Block
+from sparsesam_jax.sparsity.work import EncoderWork
 
 BLOCK_KV = 64
 

@@ -20,11 +20,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import reference
 from sparsesam_jax.config import ImageEncoderConfig
-from sparsesam_jax.image_encoder import Block, ImageEncoder, relative_table
-from sparsesam_jax.layers import add
-from sparsesam_jax.macs import attention_work
 from sparsesam_jax.methods.base import Method
-from sparsesam_jax.work import EncoderWork, encoder_work
+from sparsesam_jax.model.image_encoder import Block, ImageEncoder, relative_table
+from sparsesam_jax.model.layers import add
+from sparsesam_jax.sparsity.macs import attention_work
+from sparsesam_jax.sparsity.work import EncoderWork, encoder_work
 
 Grid = tuple[int, int]
 State = dict[str, Any]  # what a forward's blocks share

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sparsesam_jax.importance import sobel_magnitude
 from sparsesam_jax.methods.merging import Grid, Merged, TokenMerging, matched, taken, unit
 from sparsesam_jax.methods.sequences import product
+from sparsesam_jax.sparsity.importance import sobel_magnitude
 
 CELL = 2
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from convert.errors import ConversionError
-from sparsesam_jax.weights import TensorSpec, atomic_path
+from sparsesam_jax.checkpoints.atomic import atomic_path
+from sparsesam_jax.checkpoints.errors import ConversionError
+from sparsesam_jax.checkpoints.native import TensorSpec
 
 if TYPE_CHECKING:
     import torch

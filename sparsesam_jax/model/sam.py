@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +12,21 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels.implementation import Implementation
-from sparsesam_jax import weights
 from sparsesam_jax.config import SamConfig, Sparsity
-from sparsesam_jax.image_encoder import AttentionTables, ImageEncoder
-from sparsesam_jax.layers import DTypes
-from sparsesam_jax.mask_decoder import MaskDecoder
-from sparsesam_jax.prompt_encoder import ABSENT, NOT_A_POINT, PromptEncoder
-from sparsesam_jax.transforms import (
+from sparsesam_jax.model.image_encoder import ImageEncoder
+from sparsesam_jax.model.layers import DTypes
+from sparsesam_jax.model.mask_decoder import MaskDecoder
+from sparsesam_jax.model.prompt_encoder import ABSENT, NOT_A_POINT, PromptEncoder
+from sparsesam_jax.model.transforms import (
     MASK_THRESHOLD,
     mask_resize_matrices,
     preprocess,
     resized_shape,
 )
+from sparsesam_jax.sparsity.plan import AttentionTables
 
+Model = TypeVar("Model", bound="SamModel")
 Labels = Num[Array, "B P T"] | Bool[Array, "B P T"]  # of any dtype: they are made int32
-
-EMBEDDED_WEIGHTS = ("vit_t",)
 
 
 class ImageEmbedding(NamedTuple):
@@ -58,8 +55,10 @@ class Prediction(NamedTuple):
     low_res_logits: Array
 
 
-class Sam(nnx.Module):
+class SamModel(nnx.Module):
     """Segment Anything: image encoder, prompt encoder and mask decoder.
+
+    `sparsesam_jax.Sam` is this model and its weights files.
 
     Args:
         config: Shape of the model; `sparsesam_jax.PRESETS` holds the published ones.
@@ -97,62 +96,11 @@ class Sam(nnx.Module):
         self.mask_decoder = MaskDecoder(config, dtypes=dtypes, rngs=rngs)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        sparsity: Sparsity | None = None,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike | None = None,
-        residual_dtype: DTypeLike | None = None,
-        implementation: Implementation = "auto",
-    ) -> Sam:
-        """Load converted weights.
-
-        Args:
-            name_or_path: `"vit_t"`, the embedded default, or a file that `sparsesam convert` wrote.
-            sparsity: What the image encoder keeps; None is dense, SAM exactly.
-            dtype: Compute dtype.
-            param_dtype: Dtype of the parameters; None is the compute dtype.
-            residual_dtype: As for `Sam`.
-            implementation: As for `Sam`.
-
-        Raises:
-            ValueError: The file is missing or holds no converted weights, an argument is none of
-                its choices, or the sparsity does not fit the model.
-        """
-        path = locate(name_or_path)
-        config, arrays = weights.read(path)
-        abstract = cls.abstract(
-            config,
-            sparsity=sparsity,
-            dtype=dtype,
-            param_dtype=dtype if param_dtype is None else param_dtype,
-            residual_dtype=residual_dtype,
-            implementation=implementation,
-        )
-        graphdef, state = nnx.split(abstract)
-        leaves = {".".join(map(str, key)): (key, leaf) for key, leaf in nnx.to_flat_state(state)}
-        problems = weights.mismatches(
-            {name: leaf.shape for name, (_, leaf) in leaves.items()},
-            {name: weights.TensorSpec(a.shape, a.dtype.name) for name, a in arrays.items()},
-        )
-        if problems:
-            raise ValueError(
-                f"{path} must hold the parameters of its config: {'; '.join(problems)}"
-            )
-        loaded = [
-            (key, leaf.replace(jnp.asarray(arrays[name], leaf.dtype)))
-            for name, (key, leaf) in leaves.items()
-        ]
-        return nnx.merge(graphdef, nnx.from_flat_state(loaded))
-
-    @classmethod
-    def abstract(cls, config: SamConfig, **options: Any) -> Sam:
+    def abstract(cls: type[Model], config: SamConfig, **options: Any) -> Model:
         """The model with shapes for parameters: nothing is allocated. Options as for `Sam`."""
         return nnx.eval_shape(lambda: cls(config, rngs=_OneKey(), **options))
 
-    def with_sparsity(self, sparsity: Sparsity | None) -> Sam:
+    def with_sparsity(self: Model, sparsity: Sparsity | None) -> Model:
         """The same model, sharing its parameters, with another sparsity; None is dense."""
         model = nnx.merge(*nnx.split(self))
         model.image_encoder.set_sparsity(sparsity)
@@ -266,23 +214,6 @@ class _OneKey(nnx.Rngs):
 
     def params(self) -> Array:
         return self.key
-
-
-def locate(name_or_path: str | os.PathLike[str]) -> Path:
-    """The file of converted weights that a name or a path means.
-
-    Raises:
-        ValueError: It is neither the name of embedded weights nor an existing file.
-    """
-    if name_or_path in EMBEDDED_WEIGHTS:
-        return Path(weights.__file__).with_name(f"{name_or_path}.safetensors")
-    path = Path(name_or_path)
-    if not path.is_file():
-        raise ValueError(
-            f"weights must be one of the embedded ({', '.join(EMBEDDED_WEIGHTS)}) or a file that "
-            f"`sparsesam convert` wrote, got {os.fspath(name_or_path)!r}, which is neither"
-        )
-    return path
 
 
 def scale_points(

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsesam_jax.config import Importance
-from sparsesam_jax.orders import GROUP
+from sparsesam_jax.sparsity.orders import GROUP
 
 _SOBEL = np.outer((-1.0, 0.0, 1.0), (1.0, 2.0, 1.0)).astype(np.float32)
 

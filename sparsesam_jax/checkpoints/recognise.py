@@ -7,8 +7,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
-from convert.errors import ConversionError
-from convert.rules import matches, numbers
+from sparsesam_jax.checkpoints.errors import ConversionError
+from sparsesam_jax.checkpoints.rules import matches, numbers
 from sparsesam_jax.config import ImageEncoderConfig, SamConfig
 
 Shapes = Mapping[str, tuple[int, ...]]

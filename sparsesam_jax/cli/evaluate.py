@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sparsesam_jax import cli_analysis
-from sparsesam_jax.cli_lists import ListsCommand
+from sparsesam_jax.cli import analysis as cli_analysis
+from sparsesam_jax.cli.lists import ListsCommand
 
 Prompts = Literal["box", "point", "points3", "box+point"]
 ProtocolName = Literal["sam", "hq44k", "release"]
@@ -91,7 +91,8 @@ def evaluate(
         assert images is not None and masks is not None
         pairs = folder_pairs(images, masks)
     from pallas_kernels.implementation import resolve
-    from sparsesam_jax.evaluation.runner import Options, run
+    from sparsesam_jax.evaluation.evaluate import run
+    from sparsesam_jax.evaluation.runner import Options
 
     options = Options(
         candidates=_candidates(method or ["sparsesam"], density or DENSITIES, sparsity),
@@ -177,7 +178,7 @@ def evaluate_coco(
 def _candidates(
     names: list[str], densities: list[float] | tuple[float, ...], file: Path | None
 ) -> Any:
-    from sparsesam_jax.evaluation.runner import Candidate
+    from sparsesam_jax.evaluation.candidates import Candidate
     from sparsesam_jax.evaluation.sparsity_file import read_sparsity
 
     found = [Candidate(name, value) for name in names for value in densities]

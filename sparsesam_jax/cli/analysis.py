@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sparsesam_jax.cli_lists import ListsCommand
+from sparsesam_jax.cli.lists import ListsCommand
 
 FigureKind = Literal["update-norms", "correlation", "attention", "orders", "extreme"]
 Preset = Literal["sparsesam", "released"]
@@ -46,9 +46,9 @@ def calibrate(
     if not out.absolute().parent.is_dir() or out.is_dir():
         raise ValueError(f"out must be a file in a folder, got {str(out)!r}")
     paths = photo_paths(images)[:limit]
+    from sparsesam_jax.checkpoints.pretrained import Sam
     from sparsesam_jax.config import Sparsity
     from sparsesam_jax.evaluation.calibrate import run
-    from sparsesam_jax.sam import Sam
 
     sparsity = Sparsity(density) if preset == "sparsesam" else Sparsity.released(density)
     sam = Sam.from_pretrained(weights)
@@ -81,8 +81,8 @@ def figures(
     for value in densities:
         Sparsity(value)
     paths = photo_paths(images)[:limit]
+    from sparsesam_jax.checkpoints.pretrained import Sam
     from sparsesam_jax.evaluation.figures import draw
-    from sparsesam_jax.sam import Sam
 
     draw(kind, Sam.from_pretrained(weights), paths, out, densities)
     typer.echo(f"wrote {out}")

@@ -18,7 +18,7 @@ import numpy as np
 import typer
 from typer.core import TyperCommand
 
-from sparsesam_jax import cli_evaluate
+from sparsesam_jax.cli import evaluate as cli_evaluate
 
 # As pallas_kernels.implementation has it, which is slow to import; a test compares them.
 Implementation = Literal["auto", "xla", "mosaic_gpu"]
@@ -119,12 +119,12 @@ def demo(
     The overlay shows both models side by side: blue the point's mask, yellow the box's.
     """
     from sparsesam_jax.config import Sparsity
-    from sparsesam_jax.image_files import check_writable
+    from sparsesam_jax.predict.image_files import check_writable
 
     check_writable(out)
     Sparsity(density)
     _check_implementation(implementation, "sparsesam demo")
-    from sparsesam_jax.demo import run
+    from sparsesam_jax.cli.demo import run
 
     run(out, density, weights, implementation, dtype)
 
@@ -173,14 +173,14 @@ def segment(
     Masks are numbered over all prompts; a mask's box is x0 y0 x1 y1 with x1 and y1 one past it.
     """
     from sparsesam_jax.config import Sparsity
-    from sparsesam_jax.image_files import check_writable, read_image, write_images
+    from sparsesam_jax.predict.image_files import check_writable, read_image, write_images
 
     for path in (out, overlay):
         if path is not None:
             check_writable(path, is_mask=path is out)
     sparsity = None if density is None else Sparsity(density)
     points, boxes = _numbers("--point", point), _numbers("--box", box)
-    from sparsesam_jax.prompts import make_prompts
+    from sparsesam_jax.predict.prompts import make_prompts
 
     pixels = read_image(image)
     height, width = pixels.shape[:2]
@@ -189,9 +189,9 @@ def segment(
 
     from PIL import Image
 
-    from sparsesam_jax.overlay import draw_masks
-    from sparsesam_jax.predictor import SamPredictor
-    from sparsesam_jax.sam import Sam
+    from sparsesam_jax.checkpoints.pretrained import Sam
+    from sparsesam_jax.predict.overlay import draw_masks
+    from sparsesam_jax.predict.predictor import SamPredictor
 
     clock = _Clock()
     sam = Sam.from_pretrained(
@@ -257,12 +257,12 @@ def info(
 ) -> None:
     """Describe weights, and what an encoder of their shape computes at some densities."""
     from sparsesam_jax.config import Sparsity
-    from sparsesam_jax.image_files import check_writable
+    from sparsesam_jax.predict.image_files import check_writable
 
     if layout is not None:
         check_writable(layout)
     sparsities = [Sparsity(value) for value in density or (0.3, 0.4, 0.5)]
-    from sparsesam_jax.describe import run
+    from sparsesam_jax.cli.describe import run
 
     run(weights, sparsities, layout)
 
@@ -273,7 +273,7 @@ def convert(
 ) -> None:
     """Convert a SAM or SAM-HQ checkpoint between Meta's, Hugging Face's and this format."""
     # The arguments are those of `python -m convert`, whose import would slow down every command.
-    from convert.__main__ import convert_command
+    from sparsesam_jax.cli.convert import convert_command
 
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     command.command()(convert_command)

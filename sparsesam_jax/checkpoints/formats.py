@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from convert import huggingface, rules
-from convert.errors import ConversionError
-from convert.recognise import Hints, recognise
-from convert.sources import Source
-from sparsesam_jax import weights
+from sparsesam_jax.checkpoints import huggingface, native, rules
+from sparsesam_jax.checkpoints.errors import ConversionError
+from sparsesam_jax.checkpoints.recognise import Hints, recognise
+from sparsesam_jax.checkpoints.sources import Source
 from sparsesam_jax.config import SamConfig
 
 Format = Literal["native", "meta", "huggingface"]
@@ -29,7 +28,7 @@ def format_of(path: Path, source: Source) -> Format:
     Raises:
         ConversionError: It is none of SAM.
     """
-    if source.metadata.get("format") == weights.FORMAT:
+    if source.metadata.get("format") == native.FORMAT:
         return "native"
     beginnings = {".".join(name.split(".")[:2]) for name in source.tensors}
     if "image_encoder.blocks" in beginnings:
@@ -51,7 +50,7 @@ def config_of(path: Path, source: Source, source_format: Format) -> SamConfig:
         ValueError: The metadata of a native file is damaged.
     """
     if source_format == "native":
-        return weights.config_of(path, source.metadata)
+        return native.config_of(path, source.metadata)
     shapes = {name: spec.shape for name, spec in source.tensors.items()}
     hints = Hints()
     if source_format == "huggingface":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,27 +22,10 @@ from pallas_kernels.stripe_attention import stripe_attention
 from pallas_kernels.window_attention import window_attention
 from pallas_kernels.window_kernel import REL
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.layers import FLOAT32, DTypes, MLPBlock, conv, gelu, linear, norm
-from sparsesam_jax.plan import Plan, check_sparsity
+from sparsesam_jax.model.layers import FLOAT32, DTypes, MLPBlock, conv, gelu, linear, norm
+from sparsesam_jax.sparsity.plan import AttentionTables, Plan, check_sparsity
 
 _LAYER_NORM_EPSILON = 1e-6
-
-
-class AttentionTables(NamedTuple):
-    """What a block's attention derives from its weights alone, in the compute dtype.
-
-    Attributes:
-        qkv_bias: The projection's bias of the queries; keys and values have none.
-        proj_bias: The output's bias and, passed through the output's kernel, that of the values.
-        rel_pos_h: What every query row adds for every key row of the grid, or of the window, which
-            is padded as `window_attention` likes it.
-        rel_pos_w: The same for columns.
-    """
-
-    qkv_bias: Float[Array, " 3*d"]
-    proj_bias: Float[Array, " d"]
-    rel_pos_h: Float[Array, "Gh side D"]
-    rel_pos_w: Float[Array, "Gw side D"]
 
 
 class ImageEncoder(nnx.Module):

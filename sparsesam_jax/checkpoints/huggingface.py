@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from convert.errors import ConversionError
-from convert.recognise import Hints
-from convert.sources import CONFIG_NAME, INDEX_NAME, MODEL_NAME
+from sparsesam_jax.checkpoints.atomic import atomic_path
+from sparsesam_jax.checkpoints.errors import ConversionError
+from sparsesam_jax.checkpoints.native import TensorSpec, write_safetensors
+from sparsesam_jax.checkpoints.recognise import Hints
+from sparsesam_jax.checkpoints.sources import CONFIG_NAME, INDEX_NAME, MODEL_NAME
 from sparsesam_jax.config import SamConfig
-from sparsesam_jax.weights import TensorSpec, atomic_path, write_safetensors
 
 _MODEL_TYPES = ("sam", "sam_hq")
 # Transformers refuses a safetensors file without it.

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsesam_jax.config import SamConfig
-from sparsesam_jax.layers import DTypes, conv, embedding, gelu, norm
+from sparsesam_jax.model.layers import DTypes, conv, embedding, gelu, norm
 
 # Labels of points. The first three are SAM's; corners are points too, as in SAM's ONNX export.
 ABSENT = -2  # fills a prompt up to a common length; masked out of every attention

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from convert.errors import ConversionError, one_line
-from sparsesam_jax import weights
-from sparsesam_jax.weights import TensorSpec
+from sparsesam_jax.checkpoints import native
+from sparsesam_jax.checkpoints.errors import ConversionError, one_line
+from sparsesam_jax.checkpoints.native import TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 MODEL_NAME = "model.safetensors"
@@ -61,7 +61,7 @@ class SafetensorsSource:
         self._file_of: dict[str, Path] = {}
         duplicates = []
         for file in files:
-            self.metadata, tensors = weights.inspect(file)
+            self.metadata, tensors = native.inspect(file)
             duplicates += [name for name in tensors if name in self.tensors]
             self.tensors |= tensors
             self._file_of |= dict.fromkeys(tensors, file)
@@ -74,7 +74,7 @@ class SafetensorsSource:
 
     def load(self, name: str) -> np.ndarray:
         """The values of one tensor."""
-        return weights.load_tensor(self._file_of[name], name)
+        return native.load_tensor(self._file_of[name], name)
 
 
 def open_source(path: Path) -> Source:
@@ -98,7 +98,7 @@ def open_source(path: Path) -> Source:
     if start[8:] == b"{":
         return SafetensorsSource([path])
     if start.startswith((b"PK\x03\x04", b"\x80")):
-        from convert.torch_checkpoint import TorchSource
+        from sparsesam_jax.checkpoints.torch_checkpoint import TorchSource
 
         return TorchSource(path)
     raise ConversionError(f"{path} is neither a PyTorch checkpoint nor a safetensors file")

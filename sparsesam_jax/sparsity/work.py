@@ -1,6 +1,6 @@
 """Multiply-accumulates of the image encoder at a sparsity, block by block.
 
-What counts is said in `sparsesam_jax.macs`.
+What counts is said in `sparsesam_jax.sparsity.macs`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.macs import (
+from sparsesam_jax.sparsity.macs import (
     Grid,
     attention_work,
     computed_pairs,
@@ -16,7 +16,7 @@ from sparsesam_jax.macs import (
     mlp_work,
     projection_work,
 )
-from sparsesam_jax.plan import attention_layout, num_routed_tokens
+from sparsesam_jax.sparsity.plan import attention_layout, num_routed_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import BlockLayout
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.reference import window_partition
-from sparsesam_jax import orders, split
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.importance import block_importance, group_importance, rank
-from sparsesam_jax.macs import Grid
+from sparsesam_jax.sparsity import orders, split
+from sparsesam_jax.sparsity.importance import block_importance, group_importance, rank
+from sparsesam_jax.sparsity.macs import Grid
 
-if TYPE_CHECKING:
-    from sparsesam_jax.image_encoder import AttentionTables
+
+class AttentionTables(NamedTuple):
+    """What a block's attention derives from its weights alone, in the compute dtype.
+
+    Attributes:
+        qkv_bias: The projection's bias of the queries; keys and values have none.
+        proj_bias: The output's bias and, passed through the output's kernel, that of the values.
+        rel_pos_h: What every query row adds for every key row of the grid, or of the window, which
+            is padded as `window_attention` likes it.
+        rel_pos_w: The same for columns.
+    """
+
+    qkv_bias: Float[Array, " 3*d"]
+    proj_bias: Float[Array, " d"]
+    rel_pos_h: Float[Array, "Gh side D"]
+    rel_pos_w: Float[Array, "Gw side D"]
 
 
 def check_sparsity(sparsity: Sparsity, config: ImageEncoderConfig) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from pallas_kernels import BlockLayout
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.macs import Grid, attention_work, computed_pairs, mlp_work
+from sparsesam_jax.sparsity.macs import Grid, attention_work, computed_pairs, mlp_work
 
 Densities = tuple[float, float]  # of a block's attention and of its MLP
 

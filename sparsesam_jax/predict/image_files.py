@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from sparsesam_jax.weights import atomic_path
+from sparsesam_jax.checkpoints.atomic import atomic_path
 
 MASK_FORMATS = ("PNG", "TIFF", "BMP")
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")  # one channel of more than 8 bits

@@ -10,13 +10,12 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from convert import huggingface, rules
-from convert.errors import ConversionError
-from convert.formats import Format, TensorName, config_of, format_of, tensor_names
-from convert.sources import Source, open_source
-from sparsesam_jax import weights
+from sparsesam_jax.checkpoints import huggingface, native, rules
+from sparsesam_jax.checkpoints.errors import ConversionError
+from sparsesam_jax.checkpoints.formats import Format, TensorName, config_of, format_of, tensor_names
+from sparsesam_jax.checkpoints.native import TensorSpec
+from sparsesam_jax.checkpoints.sources import Source, open_source
 from sparsesam_jax.config import PRESETS, SamConfig
-from sparsesam_jax.weights import TensorSpec
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 
@@ -65,7 +64,7 @@ def convert_checkpoint(
             if config not in (None, found):
                 raise ConversionError(f"{src} must have the given config, but has {found}")
             config = found
-        shapes = {key: spec.shape for key, spec in weights.parameter_shapes(config).items()}
+        shapes = {key: spec.shape for key, spec in native.parameter_shapes(config).items()}
     except ConversionError:
         raise
     except ValueError as error:
@@ -136,7 +135,7 @@ def _check(
         name.name: rules.torch_shape(shapes[key], name.transform) for key, name in names.items()
     }
     # float64 has no place in the target, but may be the source of a smaller dtype.
-    dtypes = weights.DTYPES if dtype is None else (*weights.DTYPES, "float64")
+    dtypes = native.DTYPES if dtype is None else (*native.DTYPES, "float64")
     found = dict(source.tensors)
     first, second = rules.HUGGINGFACE_TIED
     unequal = []
@@ -145,11 +144,11 @@ def _check(
         if first in found and spec.dtype in dtypes:
             same = found[first] == spec and _bits(source, first) == _bits(source, second)
             unequal = [] if same else [f"{first} and {second}"]
-    problems = weights.mismatches(expected, found, dtypes) + weights.list_problems(
+    problems = native.mismatches(expected, found, dtypes) + native.list_problems(
         {**source.problems, "tied but unequal": unequal}
     )
     if source.huggingface_config is not None:
-        problems += weights.list_problems(
+        problems += native.list_problems(
             {
                 f"different in {huggingface.CONFIG_NAME}": huggingface.differences(
                     source.huggingface_config, config
@@ -184,10 +183,10 @@ def _write(
 ) -> None:
     if target_format == "native":
         name = next((name for name, preset in PRESETS.items() if preset == config), None)
-        metadata = weights.native_metadata(config, name)
-        weights.write_safetensors(dst, metadata, tensors, load)
+        metadata = native.native_metadata(config, name)
+        native.write_safetensors(dst, metadata, tensors, load)
     elif target_format == "meta":
-        from convert import torch_checkpoint
+        from sparsesam_jax.checkpoints import torch_checkpoint
 
         torch_checkpoint.write(dst, tensors, load)
     else:

@@ -10,17 +10,17 @@ import numpy as np
 import typer
 
 from pallas_kernels import BlockLayout
-from sparsesam_jax import sam
-from sparsesam_jax import weights as files
+from sparsesam_jax.checkpoints import native as files
+from sparsesam_jax.checkpoints.pretrained import locate
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.image_files import write_images
-from sparsesam_jax.overlay import draw_layouts
-from sparsesam_jax.plan import attention_layout, num_routed_tokens
+from sparsesam_jax.predict.image_files import write_images
+from sparsesam_jax.predict.overlay import draw_layouts
+from sparsesam_jax.sparsity.plan import attention_layout, num_routed_tokens
 
 
 def run(weights: str, sparsities: Sequence[Sparsity], picture: Path | None) -> None:
     """Print the description and, if asked, draw the layouts."""
-    path = sam.locate(weights)
+    path = locate(weights)
     metadata, tensors = files.inspect(path)
     config = files.config_of(path, metadata)
     shapes = {name: spec.shape for name, spec in files.parameter_shapes(config).items()}

@@ -12,7 +12,6 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -21,7 +20,9 @@ import numpy as np
 import safetensors
 from flax import nnx
 
+from sparsesam_jax.checkpoints.atomic import atomic_path
 from sparsesam_jax.config import SamConfig
+from sparsesam_jax.model.sam import SamModel
 
 FORMAT = "sparsesam_jax"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -60,10 +61,7 @@ def parameter_shapes(config: SamConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 @functools.lru_cache(maxsize=16)
 def _parameter_shapes(config: SamConfig) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...]:
-    # The model loads its weights with this module.
-    from sparsesam_jax.sam import Sam
-
-    model = Sam.abstract(config)
+    model = SamModel.abstract(config)
     return tuple(
         (".".join(map(str, path)), jax.ShapeDtypeStruct(variable.shape, variable.dtype))
         for path, variable in nnx.to_flat_state(nnx.state(model))
@@ -247,24 +245,6 @@ def write_safetensors(
                     f"{name} must be {tensors[name]}, got {array.shape} {array.dtype.name}"
                 )
             file.write(array.reshape(-1).view(np.uint8).data)
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name once the body has written it whole.
-
-    When the body raises, the temporary file goes and what was at `path` stays as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        # Without it a crash of the machine can leave the new name on an empty file.
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

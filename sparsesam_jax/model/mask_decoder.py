@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from sparsesam_jax.config import SamConfig
-from sparsesam_jax.layers import (
+from sparsesam_jax.model.layers import (
     MLP,
     ConvTranspose2x2,
     DTypes,

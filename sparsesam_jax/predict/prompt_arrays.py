@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from sparsesam_jax.prompt_encoder import (
+from sparsesam_jax.model.prompt_encoder import (
     ABSENT,
     BACKGROUND,
     BOX_BOTTOM_RIGHT,
@@ -73,7 +73,9 @@ class ImagePrompt(NamedTuple):
             points, labels, corners = (
                 np.broadcast_to(x, (count, *x.shape[1:])) for x in (points, labels, corners)
             )
-            corner_labels = np.tile(np.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], np.int32), (count, 1))
+            corner_labels = np.tile(
+                np.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT], np.int32), (count, 1)
+            )
             points = np.concatenate([points, corners], 1)
             labels = np.concatenate([labels, corner_labels], 1)
         elif labels.shape[1]:  # SAM gives points that come without a box one more

@@ -14,12 +14,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, UInt8
 
 from pallas_kernels.implementation import Implementation
+from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.config import Sparsity
-from sparsesam_jax.image_files import write_images
-from sparsesam_jax.overlay import draw_masks, side_by_side
-from sparsesam_jax.predictor import SamPredictor
-from sparsesam_jax.prompts import Prompt
-from sparsesam_jax.sam import Sam
+from sparsesam_jax.predict.image_files import write_images
+from sparsesam_jax.predict.overlay import draw_masks, side_by_side
+from sparsesam_jax.predict.predictor import SamPredictor
+from sparsesam_jax.predict.prompts import Prompt
 
 # On scikit-image's coffee photo (600 x 400) the point is on the saucer, the box around the cup.
 PROMPTS = {

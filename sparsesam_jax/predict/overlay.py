@@ -10,7 +10,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from pallas_kernels import BlockLayout
-from sparsesam_jax.prompts import Prompt
+from sparsesam_jax.predict.prompts import Prompt
 
 Colour = tuple[int, int, int]
 

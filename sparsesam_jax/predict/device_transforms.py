@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
-from sparsesam_jax.transforms import MASK_THRESHOLD, mask_resize_matrices, resized_shape
+from sparsesam_jax.model.transforms import MASK_THRESHOLD, mask_resize_matrices, resized_shape
 
 _BITS = 22  # of Pillow's fixed-point weights behind the point
 _MAX_PIXELS = 2**26  # of the masks that one program makes

@@ -1,0 +1,1 @@
+"""The command line `sparsesam`: `app` puts together one module a group of commands."""

@@ -1,0 +1,1 @@
+"""SAM itself: image encoder, prompt encoder and mask decoder; no files, no command line."""

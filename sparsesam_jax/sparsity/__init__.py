@@ -1,0 +1,1 @@
+"""What a sparse encoder keeps: orders, importance, the plan of a forward, and what it computes."""
