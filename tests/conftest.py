@@ -21,13 +21,5 @@ settings.register_profile("project", deadline=None, derandomize=True, max_exampl
 settings.load_profile("project")
 
 # What reads PyTorch's files or runs beside it is tested where it is: the extra `test` brings it.
-needs_torch = [
-    "test_benchmarks.py",
-    "test_benchmarks_report.py",
-    "test_benchmarks_suites.py",
-    "test_convert.py",
-    "test_convert_errors.py",
-    "test_convert_rules.py",
-    "test_weights.py",
-]
-collect_ignore = [] if importlib.util.find_spec("torch") else needs_torch
+needs_torch = ["benchmarks/test_benchmarks*", "checkpoints/*"]
+collect_ignore_glob = [] if importlib.util.find_spec("torch") else needs_torch

@@ -14,7 +14,7 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
-from checkpoints import TINY, save_meta  # noqa: E402
+from checkpoint_files import TINY, save_meta  # noqa: E402
 from test_cli import write_tiny  # noqa: E402
 
 from sparsesam_jax.checkpoints import convert_checkpoint, pretrained  # noqa: E402

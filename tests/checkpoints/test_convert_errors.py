@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import TINY, meta_state, save_meta
+from checkpoint_files import TINY, meta_state, save_meta
 from safetensors.torch import save_file
 
 from sparsesam_jax.checkpoints import ConversionError, convert_checkpoint, native

@@ -16,7 +16,7 @@ from benchmarks.__main__ import app
 from benchmarks.variants import Variant
 from sparsesam_jax import Sparsity
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DENSE = np.linspace(0.5, 0.9, 10)
 
 

@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any, get_args
 
-import checkpoints
+import checkpoint_files
 import numpy as np
 import pytest
 import torch
-from checkpoints import DTYPES, TINY, meta_shapes, meta_state, same_bits, save_meta
+from checkpoint_files import DTYPES, TINY, meta_shapes, meta_state, same_bits, save_meta
 from safetensors.torch import load_file, save_file
 
 from sparsesam_jax.checkpoints import ConversionError, Dtype, convert_checkpoint, native
@@ -70,7 +70,7 @@ def test_meta_to_native_has_every_value_in_its_place(tmp_path: Path, config: Sam
     assert read_config == config
     assert len(arrays) == len(state)
     for key, tensor in state.items():
-        name, axes = checkpoints.native_of(key, tuple(tensor.shape))
+        name, axes = checkpoint_files.native_of(key, tuple(tensor.shape))
         np.testing.assert_array_equal(arrays[name], tensor.numpy().transpose(axes), err_msg=name)
 
 
@@ -193,7 +193,8 @@ def test_names_that_differ_in_huggingfaces_model(tmp_path: Path):
         TIED[0]: "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
     }
     for huggingface, meta in pairs.items():
-        assert torch.equal(checkpoints.bits(tensors[huggingface]), checkpoints.bits(state[meta]))
+        wanted = checkpoint_files.bits(state[meta])
+        assert torch.equal(checkpoint_files.bits(tensors[huggingface]), wanted)
 
 
 @pytest.mark.parametrize("present", [TIED, TIED[:1], TIED[1:], ()], ids=len)

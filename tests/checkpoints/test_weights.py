@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoints
+import checkpoint_files
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoints import TINY
+from checkpoint_files import TINY
 
 from sparsesam_jax.checkpoints import native
 from sparsesam_jax.config import PRESETS, SamConfig
@@ -33,8 +33,8 @@ def random_arrays(config: SamConfig, dtype: str = "float32") -> dict[str, np.nda
 def test_parameters_are_those_of_metas_state_dict(config: SamConfig, hq: bool):
     config = dataclasses.replace(config, hq=hq)
     expected = {}
-    for key, shape in checkpoints.meta_shapes(config).items():
-        name, axes = checkpoints.native_of(key, shape)
+    for key, shape in checkpoint_files.meta_shapes(config).items():
+        name, axes = checkpoint_files.native_of(key, shape)
         expected[name] = tuple(shape[axis] for axis in axes)
     found = {name: spec.shape for name, spec in native.parameter_shapes(config).items()}
     assert found == expected

@@ -21,7 +21,7 @@ from sparsesam_jax.checkpoints import native
 from sparsesam_jax.methods import NAMES
 from sparsesam_jax.sparsity.work import encoder_work
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

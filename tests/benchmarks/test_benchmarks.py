@@ -15,7 +15,7 @@ from benchmarks import cpu, records
 from benchmarks.timing import Spread
 from benchmarks.worker import CheckError, Job
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     "suite",
     "peer",

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import checkpoints
+import checkpoint_files
 import numpy as np
 import pytest
 import torch
-from checkpoints import DTYPES, TINY, meta_shapes, same_bits, save_meta
+from checkpoint_files import DTYPES, TINY, meta_shapes, same_bits, save_meta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,7 +103,7 @@ def test_names_and_sizes_are_a_bijection(config: SamConfig):
     native, huggingface = set(), set()
     renames = rules.huggingface_rules(config.iou_head_depth)
     for name, shape in shapes.items():
-        expected, axes = checkpoints.native_of(name, shape)
+        expected, axes = checkpoint_files.native_of(name, shape)
         target, transform = rules.forward(rules.META_RULES, name) or ("", "")
         assert target == expected
         assert rules.backward(rules.META_RULES, target) == (name, transform)
