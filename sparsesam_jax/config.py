@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 Curve = Literal["morton", "hilbert", "raster", "random"]
 Layout = Literal["interleave", "contiguous"]
@@ -12,6 +13,57 @@ Ranking = Literal["group", "block", "spread", "none"]
 Importance = Literal["sobel", "dispersion", "uniform", "random"]
 Features = Literal["keys", "input"]
 Split = Literal["balanced", "equal"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """What a transformer block is: all that plan, kernels and counting need to know of it.
+
+    Attributes:
+        embed_dim: Width d of a token.
+        num_heads: Attention heads h.
+        mlp_dim: Width of the MLP's hidden layer.
+        window_size: Side of an attention window in tokens; None attends over the whole grid.
+        rel_pos_size: Side of the window or grid that the tables of relative positions were trained
+            for; None has no position bias.
+        routable: Whether the MLP may skip tokens once they are ranked.
+    """
+
+    embed_dim: int
+    num_heads: int
+    mlp_dim: int
+    window_size: int | None
+    rel_pos_size: int | None
+    routable: bool
+
+    @property
+    def head_dim(self) -> int:
+        """Width D of one attention head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def is_global(self) -> bool:
+        """Whether the block attends over the whole grid."""
+        return self.window_size is None
+
+
+@runtime_checkable
+class EncoderConfig(Protocol):
+    """What a sparsity can be applied to: an encoder that describes its blocks."""
+
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        """The transformer blocks, first to last."""
+        ...
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the token grid at the trained image size."""
+        ...
+
+    def other_work(self, tokens: int) -> int:
+        """Multiply-accumulates outside of the blocks on so many tokens."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +143,37 @@ class ImageEncoderConfig:
     def is_global(self, block: int) -> bool:
         """Whether the block attends over the whole grid."""
         return block in self.global_attn_indexes
+
+    @property
+    def blocks(self) -> tuple[BlockConfig, ...]:
+        """The transformer blocks, first to last.
+
+        An MLP may skip tokens in windowed blocks, or in every block of an encoder without windows.
+        """
+        return _blocks(self)
+
+    def other_work(self, tokens: int) -> int:
+        """Multiply-accumulates of patch embedding and neck."""
+        pixels, out = 3 * self.patch_size**2, self.out_chans
+        return tokens * (pixels * self.embed_dim + self.embed_dim * out + 9 * out * out)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(config: ImageEncoderConfig) -> tuple[BlockConfig, ...]:
+    windows = [
+        None if config.is_global(index) else config.window_size for index in range(config.depth)
+    ]
+    return tuple(
+        BlockConfig(
+            embed_dim=config.embed_dim,
+            num_heads=config.num_heads,
+            mlp_dim=config.mlp_dim,
+            window_size=window,
+            rel_pos_size=window or config.grid_size,
+            routable=window is not None or not any(windows),
+        )
+        for window in windows
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ from sparsesam_jax.evaluation.sparsity_file import write_sparsity
 from sparsesam_jax.model.image_encoder import ImageEncoder
 from sparsesam_jax.model.transforms import normalise, resize_and_pad
 from sparsesam_jax.predict.image_files import read_image
-from sparsesam_jax.sparsity.plan import Plan, check_sparsity
+from sparsesam_jax.sparsity.plan import Rankings, check_sparsity, encoder_plan
 from sparsesam_jax.sparsity.split import block_densities
 from sparsesam_jax.sparsity.work import BlockWork, encoder_work
 
@@ -235,22 +235,23 @@ def _errors(
     start = encoder.embed(pixels)
     # At density 1 the blocks are dense and rank all the same.
     grid = (start.shape[1], start.shape[2])
-    plan = Plan(encoder.config, at(sparsity, 1.0, 1.0), grid, encoder.implementation)
+    options = {"grid": grid, "implementation": encoder.implementation}
+    ranking = encoder_plan(encoder.config, at(sparsity, 1.0, 1.0), **options)
+    dense = encoder_plan(encoder.config, None, **options)
     inputs: list[Array] = []
     outputs: list[Array] = []
 
     def features(shifts: list[Array]) -> Array:
         x = start
-        for block, shift in zip(encoder.blocks, shifts, strict=True):
-            x = block(x, dense) + shift
+        for block, plan, shift in zip(encoder.blocks, dense, shifts, strict=True):
+            x = block(x, plan, Rankings())[0] + shift
         return encoder.neck_features(x)
 
-    x = start
-    for block in encoder.blocks:
+    x, rankings = start, Rankings()
+    for block, plan in zip(encoder.blocks, ranking, strict=True):
         inputs.append(x)
-        x = block(x, plan)
+        x, rankings = block(x, plan, rankings)
         outputs.append(x)
-    dense = Plan(encoder.config, None, grid, encoder.implementation)
     whole, pull = jax.vjp(features, [jnp.zeros_like(x) for x in outputs])
     direction = jax.random.normal(key, whole.shape, whole.dtype)
     (slopes,) = pull(direction)
@@ -258,8 +259,11 @@ def _errors(
     for choice in itertools.chain.from_iterable(parts):
         attention = choice.density if choice.part == "attention" else 1.0
         mlp = choice.density if choice.part == "mlp" else 1.0
-        sparse = dataclasses.replace(plan, sparsity=at(sparsity, attention, mlp))
         index = choice.block
-        change = encoder.blocks[index](inputs[index], sparse) - outputs[index]
+        sparse = encoder_plan(encoder.config, at(sparsity, attention, mlp), **options)[index]
+        # What the block would rank is ranked: it reads what was found when all was dense.
+        sparse = dataclasses.replace(sparse, ranks=False)
+        changed, _ = encoder.blocks[index](inputs[index], sparse, rankings)
+        change = changed - outputs[index]
         found.append((slopes[index] * change).astype(jnp.float32).sum() ** 2)
     return jnp.stack(found) / (whole.astype(jnp.float32) ** 2).sum()

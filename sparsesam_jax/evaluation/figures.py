@@ -48,7 +48,7 @@ from sparsesam_jax.predict.predictor import SamPredictor
 from sparsesam_jax.predict.prompts import Prompt
 from sparsesam_jax.sparsity import orders
 from sparsesam_jax.sparsity.importance import group_importance, rank
-from sparsesam_jax.sparsity.plan import Plan, attention_layout
+from sparsesam_jax.sparsity.plan import Rankings, attention_layout, encoder_plan
 
 Photos = dict[str, np.ndarray]  # by name, RGB
 
@@ -104,12 +104,12 @@ def trace(encoder: ImageEncoder, pixels: Float[Array, "1 H W 3"]) -> Trace:
     config = encoder.config
     x = encoder.embed(pixels)
     grid = (x.shape[1], x.shape[2])
-    plan = Plan(config, None, grid, encoder.implementation)
+    plans = encoder_plan(config, None, grid, encoder.implementation)
     first = min(config.global_attn_indexes)
     norms, found = [], ()
-    for block in encoder.blocks:
+    for index, (block, plan) in enumerate(zip(encoder.blocks, plans, strict=True)):
         normed = block.norm1(x)
-        if block.index == first:
+        if index == first:
             sequences, _ = block_sequences(block, normed, config.num_heads, None)
             keys = (sequences.k + sequences.key_bias)[0].swapaxes(0, 1)
             keys = keys.reshape(grid[0] * grid[1], -1)
@@ -118,7 +118,7 @@ def trace(encoder: ImageEncoder, pixels: Float[Array, "1 H W 3"]) -> Trace:
                 keys,
                 *(_block_mass(sequences, order) for order in (raster, _sequence(keys, grid))),
             )
-        x = add(x, block.attn(normed, x, plan))
+        x = add(x, block.attn(normed, x, plan, Rankings())[0])
         update = block.mlp(block.norm2(x))
         norms.append(jnp.linalg.norm(update[0].astype(jnp.float32), axis=-1))
         x = add(x, update)

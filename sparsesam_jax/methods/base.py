@@ -11,8 +11,7 @@ from jaxtyping import Array, Float
 
 from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.config import ImageEncoderConfig
-from sparsesam_jax.model.image_encoder import ImageEncoder
-from sparsesam_jax.sparsity.plan import AttentionTables
+from sparsesam_jax.model.image_encoder import AttentionTables, ImageEncoder
 from sparsesam_jax.sparsity.work import EncoderWork
 
 
@@ -52,6 +51,7 @@ class MethodEncoder(ImageEncoder):
         self.config = encoder.config
         self.dtypes = encoder.dtypes
         self.implementation = encoder.implementation
+        self.remat = encoder.remat
         self.sparsity = None
         self.patch_embed = encoder.patch_embed
         self.pos_embed = encoder.pos_embed
@@ -64,7 +64,9 @@ class MethodEncoder(ImageEncoder):
         return ()
 
     def block_outputs(
-        self, pixels: Float[Array, "B height width 3"], tables: Sequence[AttentionTables] = ()
+        self,
+        pixels: Float[Array, "B height width 3"],
+        tables: Sequence[AttentionTables | None] = (),
     ) -> list[Array]:
         """The tokens after every block, each [B, Gh, Gw, d]."""
         return self.method.block_outputs(self, self.embed(pixels))

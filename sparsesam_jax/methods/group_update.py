@@ -25,7 +25,7 @@ from sparsesam_jax.model.image_encoder import Block, ImageEncoder
 from sparsesam_jax.model.layers import add
 from sparsesam_jax.sparsity import orders
 from sparsesam_jax.sparsity.macs import mlp_work
-from sparsesam_jax.sparsity.plan import Plan
+from sparsesam_jax.sparsity.plan import Rankings, encoder_plan
 from sparsesam_jax.sparsity.split import block_densities
 from sparsesam_jax.sparsity.work import EncoderWork, encoder_work
 
@@ -50,16 +50,17 @@ class GroupUpdate(Method):
     def block_outputs(self, encoder: ImageEncoder, x: Float[Array, "B Gh Gw d"]) -> list[Array]:
         """The tokens after every block."""
         grid = (x.shape[1], x.shape[2])
-        plan = Plan(encoder.config, self.sparsity, grid, encoder.implementation)
-        outputs = []
-        for block in encoder.blocks:
-            x = add(x, block.attn(block.norm1(x), x, plan))
-            rows = self.rows(encoder.config, block.index, grid)
+        plans = encoder_plan(encoder.config, self.sparsity, grid, encoder.implementation)
+        rankings, outputs = Rankings(), []
+        for index, (block, plan) in enumerate(zip(encoder.blocks, plans, strict=True)):
+            attended, rankings = block.attn(block.norm1(x), x, plan, rankings)
+            x = add(x, attended)
+            rows = self.rows(encoder.config, index, grid)
             if rows is None:
                 x = dense_mlp(block, x)
             else:
-                groups = self.groups(encoder.config, block.index, grid)
-                x = add(x, self._mlp(block, x, plan, *groups))
+                groups = self.groups(encoder.config, index, grid)
+                x = add(x, self._mlp(block, x, rankings, *groups))
             outputs.append(x)
         return outputs
 
@@ -92,14 +93,15 @@ class GroupUpdate(Method):
         for index, block in enumerate(counted.blocks):
             rows = self.rows(config, index, grid)
             rows = grid[0] * grid[1] if rows is None else rows
-            blocks.append(dataclasses.replace(block, mlp=mlp_work(config, rows)))
+            mlp = mlp_work(config.blocks[index], rows)
+            blocks.append(dataclasses.replace(block, mlp=mlp))
         return dataclasses.replace(counted, blocks=tuple(blocks))
 
-    def _mlp(self, block: Block, x: Array, plan: Plan, routed: int, merged: int) -> Array:
+    def _mlp(self, block: Block, x: Array, rankings: Rankings, routed: int, merged: int) -> Array:
         batch, height, width, d = x.shape
         count = height * width
-        assert plan.token_order is not None
-        order = plan.token_order
+        order = rankings.tokens
+        assert order is not None
         tokens = x.reshape(batch, count, d)
         if self.skipped != "mean_input":
             tokens = block.norm2(tokens)

@@ -121,7 +121,7 @@ class TokenMerging(SequenceMethod):
 
     def mlp(self, block: Block, x: Array, config: ImageEncoderConfig, state: State) -> Array:
         """Merged tokens in windowed blocks, all in global ones."""
-        if config.is_global(block.index):
+        if block.config.is_global:
             return dense_mlp(block, x)
         batch, height, width, d = x.shape
         tokens = x.reshape(batch, -1, d)
@@ -155,7 +155,8 @@ class TokenMerging(SequenceMethod):
             if not config.is_global(index):
                 extra += self.match_work(tokens, grid, config.embed_dim)
                 rows = self.count(tokens, grid)
-            blocks.append(dataclasses.replace(block, mlp=mlp_work(config, rows), extra=extra))
+            mlp = mlp_work(config.blocks[index], rows)
+            blocks.append(dataclasses.replace(block, mlp=mlp, extra=extra))
         return dataclasses.replace(counted, blocks=tuple(blocks))
 
 

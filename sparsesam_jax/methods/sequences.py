@@ -86,10 +86,9 @@ class SequenceMethod(Method):
         return outputs
 
     def _attention(self, block: Block, x: Array, config: ImageEncoderConfig, state: State) -> Array:
-        is_global = config.is_global(block.index)
-        window = None if is_global else config.window_size
+        window = block.config.window_size
         sequences, value_bias = block_sequences(block, x, config.num_heads, window)
-        out = self.attend(sequences, is_global, state).swapaxes(1, 2)
+        out = self.attend(sequences, window is None, state).swapaxes(1, 2)
         if window:
             out = reference.window_unpartition(out, window, (x.shape[0], x.shape[1], x.shape[2]))
         out = out.reshape(*x.shape[:3], config.num_heads, -1) + value_bias
@@ -114,7 +113,7 @@ def sequence_work(
         windows, side = window_count(config, index)
         added = windows * config.num_heads * extra(side * side, (side, side))
         grid = (config.grid_size, config.grid_size)
-        attention = attention_work(config, index, grid, pairs(side * side))
+        attention = attention_work(config.blocks[index], grid, pairs(side * side))
         blocks.append(dataclasses.replace(block, attention=attention, extra=added))
     return dataclasses.replace(dense, blocks=tuple(blocks))
 

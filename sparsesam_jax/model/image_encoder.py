@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.implementation import Implementation
+from pallas_kernels.implementation import Implementation, resolve
 from pallas_kernels.layer_norm import layer_norm
 from pallas_kernels.mlp_weights import MLPWeights
 from pallas_kernels.projection import projection
@@ -21,11 +22,41 @@ from pallas_kernels.routed_mlp import mlp, routed_mlp
 from pallas_kernels.stripe_attention import stripe_attention
 from pallas_kernels.window_attention import window_attention
 from pallas_kernels.window_kernel import REL
-from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.model.layers import FLOAT32, DTypes, MLPBlock, conv, gelu, linear, norm
-from sparsesam_jax.sparsity.plan import AttentionTables, Plan, check_sparsity
+from sparsesam_jax.config import BlockConfig, ImageEncoderConfig, Sparsity
+from sparsesam_jax.model.layers import (
+    FLOAT32,
+    DTypes,
+    MLPBlock,
+    add,
+    conv,
+    gelu,
+    linear,
+    norm,
+    zeros,
+)
+from sparsesam_jax.model.program import Graph, Program
+from sparsesam_jax.sparsity.plan import BlockPlan, Rankings, check_sparsity, encoder_plan
 
 _LAYER_NORM_EPSILON = 1e-6
+
+
+class AttentionTables(NamedTuple):
+    """What a block's attention derives from its weights alone, in the compute dtype.
+
+    Attributes:
+        qkv_bias: The projection's bias of the queries; keys and values have none. None where a
+            layer in the place of `qkv` is no plain product.
+        proj_bias: The output's bias and, passed through the output's kernel, that of the values;
+            None where `proj` is no plain product.
+        rel_pos_h: What every query row adds for every key row of the grid, or of the window, which
+            is padded as `window_attention` likes it; None without a position bias.
+        rel_pos_w: The same for columns.
+    """
+
+    qkv_bias: Float[Array, " 3*d"] | None
+    proj_bias: Float[Array, " d"] | None
+    rel_pos_h: Float[Array, "Gh side D"] | None
+    rel_pos_w: Float[Array, "Gw side D"] | None
 
 
 class ImageEncoder(nnx.Module):
@@ -41,6 +72,7 @@ class ImageEncoder(nnx.Module):
         sparsity: What to keep; None is the dense encoder, which is SAM exactly.
         dtypes: Of computation, parameters and the residual stream.
         implementation: `"xla"`, `"mosaic_gpu"` or `"auto"`, see `pallas_kernels.implementation`.
+        remat: Whether a gradient computes each block again instead of keeping what is inside.
         rngs: Source of the initial parameters.
 
     Raises:
@@ -55,17 +87,17 @@ class ImageEncoder(nnx.Module):
         sparsity: Sparsity | None = None,
         dtypes: DTypes = FLOAT32,
         implementation: Implementation = "auto",
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
         d, grid = config.embed_dim, config.grid_size
         self.config = config
         self.dtypes = dtypes
         self.implementation: Implementation = implementation
+        self.remat = remat
         self.patch_embed = PatchEmbed(config, dtypes=dtypes, rngs=rngs)
-        self.pos_embed = nnx.Param(jnp.zeros((1, grid, grid, d), dtypes.param))
-        self.blocks = nnx.List(
-            Block(config, index, dtypes=dtypes, rngs=rngs) for index in range(config.depth)
-        )
+        self.pos_embed = zeros(1, grid, grid, d, dtypes=dtypes)
+        self.blocks = nnx.List(Block(block, dtypes=dtypes, rngs=rngs) for block in config.blocks)
         self.neck = nnx.List(
             [
                 conv(d, config.out_chans, 1, use_bias=False, dtypes=dtypes, rngs=rngs),
@@ -119,7 +151,9 @@ class ImageEncoder(nnx.Module):
         return tuple(block.attn.tables(grid) for block in self.blocks)
 
     def block_outputs(
-        self, pixels: Float[Array, "B height width 3"], tables: Sequence[AttentionTables] = ()
+        self,
+        pixels: Float[Array, "B height width 3"],
+        tables: Sequence[AttentionTables | None] = (),
     ) -> list[Array]:
         """The residual stream after every block, each [B, Gh, Gw, d]; arguments as `__call__`."""
         if tables and len(tables) != len(self.blocks):
@@ -127,10 +161,12 @@ class ImageEncoder(nnx.Module):
             raise ValueError(f"tables must have {expected} or none, got {len(tables)}")
         x = self.embed(pixels)
         grid = (x.shape[1], x.shape[2])
-        plan = Plan(self.config, self.sparsity, grid, self.implementation, tables)
-        outputs = []
-        for block in self.blocks:
-            x = block(x, plan)
+        plans = encoder_plan(self.config, self.sparsity, grid, self.implementation)
+        rankings, outputs = Rankings(), []
+        for block, plan, table in zip(
+            self.blocks, plans, tables or [None] * len(plans), strict=True
+        ):
+            x, rankings = run_block(block, x, plan, rankings, table, remat=self.remat)
             outputs.append(x)
         return outputs
 
@@ -182,32 +218,83 @@ class PatchEmbed(nnx.Module):
 class Block(nnx.Module):
     """Transformer block: windowed or global attention, then the MLP, both residual."""
 
-    def __init__(self, config: ImageEncoderConfig, index: int, *, dtypes: DTypes, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig, *, dtypes: DTypes, rngs: nnx.Rngs):
         d = config.embed_dim
-        self.index = index
+        self.config = config
         self.dtypes = dtypes
         self.norm1 = norm(d, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs)
-        self.attn = Attention(config, index, dtypes=dtypes, rngs=rngs)
+        self.attn = Attention(config, dtypes=dtypes, rngs=rngs)
         self.norm2 = norm(d, _LAYER_NORM_EPSILON, dtypes=dtypes, rngs=rngs)
         self.mlp = MLPBlock(d, config.mlp_dim, activation=gelu, dtypes=dtypes, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B Gh Gw d"], plan: Plan) -> Array:
-        """Apply the block; the first of its kind also ranks the tokens into `plan`."""
-        options: dict[str, Any] = {
-            "epsilon": _LAYER_NORM_EPSILON,
-            "implementation": plan.implementation,
-        }
-        dtype = self.dtypes.compute
-        norm1 = _arrays(dtype, self.norm1.scale, self.norm1.bias)
-        normed = layer_norm(x, *norm1, dtype=dtype, **options)
-        x = self.attn.project(self.attn.attend(normed, x, plan), plan, residual=x)
+    def __call__(
+        self,
+        x: Float[Array, "B Gh Gw d"],
+        plan: BlockPlan,
+        rankings: Rankings,
+        tables: AttentionTables | None = None,
+    ) -> tuple[Float[Array, "B Gh Gw d"], Rankings]:
+        """Apply the block.
+
+        Args:
+            x: The residual stream.
+            plan: What the block does.
+            rankings: What the blocks before it have ranked.
+            tables: `Attention.tables` of the grid; None makes them.
+
+        Returns:
+            The residual stream, and the rankings with those that this block made.
+        """
+        normed = self._norm("norm1", x, plan)
+        attended, rankings = self.attn.attend(normed, x, plan, rankings, tables)
+        x = self.attn.project(attended, plan, tables, residual=x)
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-        routed = plan.routed_tokens(self.index)
-        if routed is None:
-            tokens = mlp(tokens, self._mlp_weights(), **options)
+        routed = plan.routed_tokens(rankings)
+        if self.replaced_mlp:
+            tokens = self._replaced_mlp(tokens, routed, plan)
+        elif routed is None:
+            tokens = mlp(tokens, self._mlp_weights(), **_options(plan))
         else:
-            tokens = routed_mlp(tokens, routed, self._mlp_weights(), **options)
-        return tokens.reshape(x.shape)
+            tokens = routed_mlp(tokens, routed, self._mlp_weights(), **_options(plan))
+        return tokens.reshape(x.shape), rankings
+
+    @property
+    def replaced_mlp(self) -> list[str]:
+        """Layers of the MLP that are not SAM's own any more, for what the kernels say of them."""
+        if type(self.mlp) is not MLPBlock or self.mlp.activation is not gelu:
+            return [f"mlp must be SAM's own for the kernel, got {type(self.mlp).__name__}"]
+        layers = {"norm2": self.norm2, "mlp.lin1": self.mlp.lin1, "mlp.lin2": self.mlp.lin2}
+        return [problem for name, layer in layers.items() for problem in replaced(name, layer)]
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether any layer is not SAM's own any more, so that calling it may have effects."""
+        if type(self) is not Block or type(self.attn) is not Attention:
+            return True
+        others = {"norm1": self.norm1, "qkv": self.attn.qkv, "proj": self.attn.proj}
+        return bool(self.replaced_mlp or any(replaced(*item) for item in others.items()))
+
+    def _norm(self, name: str, x: Array, plan: BlockPlan) -> Array:
+        layer = getattr(self, name)
+        if problems := replaced(name, layer):
+            return called(layer, x, problems, plan).astype(self.dtypes.compute)
+        dtype = self.dtypes.compute
+        return layer_norm(
+            x, *_arrays(dtype, layer.scale, layer.bias), dtype=dtype, **_options(plan)
+        )
+
+    def _replaced_mlp(self, tokens: Array, routed: Array | None, plan: BlockPlan) -> Array:
+        """The MLP whose layers a user replaced: they are called, in plain XLA."""
+        resolve(plan.implementation, function="the MLP", problems=self.replaced_mlp)
+
+        def update(x: Array) -> Array:
+            return self.mlp(self._norm("norm2", x, plan)).astype(x.dtype)
+
+        if routed is None:
+            return add(tokens, update(tokens))
+        chosen = update(jnp.take_along_axis(tokens, routed[..., None], axis=1))
+        image = jnp.arange(len(tokens))[:, None]
+        return tokens.at[image, routed].add(chosen, unique_indices=True)
 
     def _mlp_weights(self) -> MLPWeights:
         norm2, lin1, lin2 = self.norm2, self.mlp.lin1, self.mlp.lin2
@@ -215,114 +302,217 @@ class Block(nnx.Module):
         return MLPWeights(*_arrays(self.dtypes.compute, *params))
 
 
-def _arrays(dtype: DTypeLike, *params: nnx.Param[Array] | None) -> list[Array]:
-    """Parameters that there are, in one dtype."""
-    return [param[...].astype(dtype) for param in params if param is not None]
-
-
 class Attention(nnx.Module):
-    """Multi-head attention with decomposed relative position bias.
+    """Multi-head attention with decomposed relative position bias, or without a bias.
 
     `softmax(q k^T / sqrt(D) + BH + BW) v` with `BH[q, k] = q . R_h[row(q) - row(k) + S - 1]` and BW
     likewise for columns. Keys and values are projected without their bias: the key bias adds the
     same to all logits of a query, so it cancels, and the value bias passes through the softmax
     unchanged, so it is added behind it. A padded token of a window is then k = 0, v = 0.
+
+    A layer in the place of `qkv` or `proj` that is no plain `nnx.Linear` (`nnx.LoRALinear`, say) is
+    called as it is, in plain XLA; what it makes of zeros then stands for its bias.
     """
 
-    def __init__(self, config: ImageEncoderConfig, index: int, *, dtypes: DTypes, rngs: nnx.Rngs):
-        d, head_dim = config.embed_dim, config.head_dim
-        self.index = index
-        self.num_heads = config.num_heads
+    def __init__(self, config: BlockConfig, *, dtypes: DTypes, rngs: nnx.Rngs):
+        d, side = config.embed_dim, config.rel_pos_size
+        self.config = config
         self.dtypes = dtypes
-        self.window_size = None if config.is_global(index) else config.window_size
-        side = self.window_size or config.grid_size
         self.qkv = linear(d, 3 * d, dtypes=dtypes, rngs=rngs)
         self.proj = linear(d, d, dtypes=dtypes, rngs=rngs)
-        self.rel_pos_h = nnx.Param(jnp.zeros((2 * side - 1, head_dim), dtypes.param))
-        self.rel_pos_w = nnx.Param(jnp.zeros((2 * side - 1, head_dim), dtypes.param))
+        if side is not None:
+            self.rel_pos_h = zeros(2 * side - 1, config.head_dim, dtypes=dtypes)
+            self.rel_pos_w = zeros(2 * side - 1, config.head_dim, dtypes=dtypes)
 
     def __call__(
-        self, x: Float[Array, "B Gh Gw d"], block_input: Float[Array, "B Gh Gw d"], plan: Plan
-    ) -> Float[Array, "B Gh Gw d"]:
+        self,
+        x: Float[Array, "B Gh Gw d"],
+        block_input: Float[Array, "B Gh Gw d"],
+        plan: BlockPlan,
+        rankings: Rankings,
+    ) -> tuple[Float[Array, "B Gh Gw d"], Rankings]:
         """Attend and project; arguments as `attend`."""
-        return self.project(self.attend(x, block_input, plan), plan)
+        attended, rankings = self.attend(x, block_input, plan, rankings)
+        return self.project(attended, plan), rankings
 
     def attend(
-        self, x: Float[Array, "B Gh Gw d"], block_input: Float[Array, "B Gh Gw d"], plan: Plan
-    ) -> Float[Array, "B Gh Gw d"]:
+        self,
+        x: Float[Array, "B Gh Gw d"],
+        block_input: Float[Array, "B Gh Gw d"],
+        plan: BlockPlan,
+        rankings: Rankings,
+        tables: AttentionTables | None = None,
+    ) -> tuple[Float[Array, "B Gh Gw d"], Rankings]:
         """Attend over the grid or in windows, without the value bias and the projection.
 
         Args:
             x: The tokens after LayerNorm.
             block_input: The tokens before it, which a ranking may look at.
-            plan: Layouts and rankings of this forward.
+            plan: Layout and options of this block.
+            rankings: What the blocks before have ranked.
+            tables: What `tables` returned for this grid; None makes them.
         """
         batch, height, width, d = x.shape
-        tables = self._tables(plan)
-        assert self.qkv.bias is not None
-        kernel, bias = (p[...].astype(x.dtype) for p in (self.qkv.kernel, self.qkv.bias))
-        qkv = projection(x, kernel, tables.qkv_bias, implementation=plan.implementation)
-        qkv = qkv.reshape(batch, height, width, 3, self.num_heads, -1)
-        key_bias = bias[d : 2 * d].reshape(self.num_heads, -1)
-        arrays = (qkv, tables.rel_pos_h, tables.rel_pos_w)
-        if self.window_size:
-            plan.rank_windows(qkv[:, :, :, 1], key_bias, block_input)
-            layout, order = plan.window_layout(self.index)
-            out = window_attention(
-                *arrays,
-                window_size=self.window_size,
-                layout=layout,
-                order=order,
-                implementation=plan.implementation,
-            )
+        tables = tables or self.tables(plan.grid)
+        bias = self._qkv_bias(x.dtype)
+        if tables.qkv_bias is None:
+            qkv = called(self.qkv, x, replaced("qkv", self.qkv), plan).astype(x.dtype)
+            qkv = qkv - jnp.where(np.arange(3 * d) < d, 0, bias)
         else:
-            plan.rank_grid(qkv[:, :, :, 1], key_bias, block_input)
-            layout, sequence, block_order = plan.grid_layout(self.index)
-            out = stripe_attention(
-                *arrays,
-                sequence,
-                layout=layout,
-                block_order=block_order,
-                implementation=plan.implementation,
-            )
-        return out.reshape(x.shape)
+            kernel = self.qkv.kernel[...].astype(x.dtype)
+            qkv = projection(x, kernel, tables.qkv_bias, implementation=plan.implementation)
+        qkv = qkv.reshape(batch, height, width, 3, self.config.num_heads, -1)
+        key_bias = bias[d : 2 * d].reshape(self.config.num_heads, -1)
+        rankings = plan.rank(rankings, qkv[:, :, :, 1], key_bias, block_input)
+        sequence, block_order = plan.attention_order(rankings)
+        options: Any = {
+            "rel_pos_h": tables.rel_pos_h,
+            "rel_pos_w": tables.rel_pos_w,
+            "layout": plan.layout,
+            "implementation": plan.implementation,
+        }
+        if self.config.window_size is None:
+            out = stripe_attention(qkv, sequence=sequence, block_order=block_order, **options)
+        else:
+            window = self.config.window_size
+            out = window_attention(qkv, window_size=window, order=sequence, **options)
+        return out.reshape(x.shape), rankings
 
     def project(
         self,
         attended: Float[Array, "B Gh Gw d"],
-        plan: Plan,
+        plan: BlockPlan,
+        tables: AttentionTables | None = None,
         residual: Float[Array, "B Gh Gw d"] | None = None,
     ) -> Float[Array, "B Gh Gw d"]:
         """The output projection of what `attend` returned, added to `residual` if there is one."""
+        tables = tables or self.tables(plan.grid)
+        if tables.proj_bias is None:
+            value_bias = self._qkv_bias(attended.dtype)[2 * attended.shape[-1] :]
+            out = called(self.proj, attended + value_bias, replaced("proj", self.proj), plan)
+            return out.astype(attended.dtype) if residual is None else add(residual, out)
         kernel = self.proj.kernel[...].astype(attended.dtype)
-        bias, implementation = self._tables(plan).proj_bias, plan.implementation
-        return projection(attended, kernel, bias, residual=residual, implementation=implementation)
+        options: Any = {"residual": residual, "implementation": plan.implementation}
+        return projection(attended, kernel, tables.proj_bias, **options)
 
     def tables(self, grid: tuple[int, int]) -> AttentionTables:
         """What `ImageEncoder.tables` holds for this block."""
-        dtype, d = self.dtypes.compute, self.proj.kernel.shape[0]
-        assert self.qkv.bias is not None and self.proj.bias is not None
-        qkv_bias, kernel, proj_bias = (
-            p[...].astype(dtype) for p in (self.qkv.bias, self.proj.kernel, self.proj.bias)
-        )
+        return AttentionTables(self._q_bias(), self._proj_bias(), *self._position_tables(grid))
+
+    def _q_bias(self) -> Array | None:
+        """The bias of `qkv` for the queries alone; None where that is no plain product."""
+        if replaced("qkv", self.qkv):
+            return None
+        d = self.config.embed_dim
+        return jnp.where(np.arange(3 * d) < d, self._qkv_bias(self.dtypes.compute), 0)
+
+    def _proj_bias(self) -> Array | None:
+        """The projection's bias and the value bias behind it; None where that is no product."""
+        if replaced("proj", self.proj):
+            return None
+        dtype, d = self.dtypes.compute, self.config.embed_dim
+        assert self.proj.bias is not None
+        kernel, bias = (p[...].astype(dtype) for p in (self.proj.kernel, self.proj.bias))
+        value_bias = self._qkv_bias(dtype)[2 * d :]
         options = {"precision": self.dtypes.precision, "preferred_element_type": jnp.float32}
-        return AttentionTables(
-            jnp.where(np.arange(3 * d) < d, qkv_bias, 0),
-            proj_bias + jnp.matmul(qkv_bias[2 * d :], kernel, **options),
-            *(
-                self._padded_table(table[...], side).astype(dtype)
-                for table, side in zip((self.rel_pos_h, self.rel_pos_w), grid, strict=True)
-            ),
-        )
+        return bias + jnp.matmul(value_bias, kernel, **options)
 
-    def _padded_table(self, rel_pos: Array, side: int) -> Array:
-        table = relative_table(rel_pos, side, self.window_size)
-        if self.window_size is None:
-            return table
-        return jnp.pad(table, ((0, 0), (0, max(0, REL - self.window_size)), (0, 0)))
+    def _qkv_bias(self, dtype: DTypeLike) -> Array:
+        """The bias of queries, keys and values: what the layer makes of a padded token's zeros."""
+        if not replaced("qkv", self.qkv):
+            assert self.qkv.bias is not None
+            return self.qkv.bias[...].astype(dtype)
+        zero = jnp.zeros((1, self.config.embed_dim), self.dtypes.compute)
+        return self.qkv(zero)[0].astype(dtype)
 
-    def _tables(self, plan: Plan) -> AttentionTables:
-        return plan.tables[self.index] if plan.tables else self.tables(plan.grid)
+    def _position_tables(self, grid: tuple[int, int]) -> tuple[Array | None, Array | None]:
+        window = self.config.window_size
+        if self.config.rel_pos_size is None:
+            return None, None
+        tables = []
+        for rel_pos, side in zip((self.rel_pos_h, self.rel_pos_w), grid, strict=True):
+            table = relative_table(rel_pos[...], side, window)
+            if window is not None:
+                table = jnp.pad(table, ((0, 0), (0, max(0, REL - window)), (0, 0)))
+            tables.append(table.astype(self.dtypes.compute))
+        return tables[0], tables[1]
+
+
+def replaced(name: str, layer: Any) -> list[str]:
+    """What keeps a kernel from reading a layer's arrays: it is not the plain layer of SAM's.
+
+    A subclass may compute anything, as may a `dot_general` of one's own.
+    """
+    expected = nnx.LayerNorm if name.startswith("norm") else nnx.Linear
+    if type(layer) is not expected:
+        what = f"nnx.{expected.__name__}"
+        return [f"{name} must be a plain {what} for the kernel, got {type(layer).__name__}"]
+    if layer.bias is None:
+        return [f"{name} must have a bias for the kernel, got none"]
+    if getattr(layer, "dot_general", jax.lax.dot_general) is not jax.lax.dot_general:
+        return [f"{name} must have jax.lax.dot_general for the kernel, got another dot_general"]
+    return []
+
+
+def called(layer: Any, x: Array, problems: list[str], plan: BlockPlan) -> Array:
+    """The output of a layer that the kernels cannot read, where the implementation allows XLA.
+
+    Raises:
+        ValueError: The kernels are asked for.
+    """
+    resolve(plan.implementation, function="this layer", problems=problems)
+    return layer(x)
+
+
+def run_block(
+    block: Block,
+    x: Float[Array, "B Gh Gw d"],
+    plan: BlockPlan,
+    rankings: Rankings,
+    tables: AttentionTables | None,
+    *,
+    remat: bool = False,
+) -> tuple[Float[Array, "B Gh Gw d"], Rankings]:
+    """Apply a block; blocks of one kind, with equal plans, are traced and lowered once.
+
+    A block with a layer that is not SAM's own is called where it stands, since such a layer may
+    draw random numbers or keep state.
+
+    Args:
+        block: The block.
+        x: The residual stream.
+        plan: What the block does.
+        rankings: What the blocks before it have ranked.
+        tables: What the block derives from its weights; None makes it.
+        remat: Whether a gradient computes the block again instead of keeping what is inside.
+    """
+    if block.is_replaced:
+
+        def call(block: Block, *arrays: Any) -> tuple[Array, Rankings]:
+            return block(arrays[0], plan, *arrays[1:])
+
+        return (nnx.remat(call) if remat else call)(block, x, rankings, tables)
+    program = Program.of(block)
+    return _run_block(program.graph, plan, remat, program.leaves, x, rankings, tables)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_block(
+    graph: Graph, plan: BlockPlan, remat: bool, leaves: list[Array], *arrays: Any
+) -> tuple[Array, Rankings]:
+    def call(leaves: list[Array], x: Array, *others: Any) -> tuple[Array, Rankings]:
+        return graph.merge(leaves)(x, plan, *others)
+
+    return (jax.checkpoint(call) if remat else call)(leaves, *arrays)
+
+
+def _arrays(dtype: DTypeLike, *params: nnx.Param[Array] | None) -> list[Array]:
+    """Parameters that there are, in one dtype."""
+    return [param[...].astype(dtype) for param in params if param is not None]
+
+
+def _options(plan: BlockPlan) -> dict[str, Any]:
+    return {"epsilon": _LAYER_NORM_EPSILON, "implementation": plan.implementation}
 
 
 def relative_table(

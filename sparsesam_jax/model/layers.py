@@ -8,11 +8,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.reference import matmul_precision
+from sparsesam_jax.model import initial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,8 @@ def linear(
         dtype=dtypes.compute,
         param_dtype=dtypes.param,
         precision=dtypes.precision,
+        kernel_init=initial.lecun_normal(inputs),
+        bias_init=initial.constant(0.0),
         rngs=rngs,
     )
 
@@ -102,6 +106,8 @@ def conv(
         dtype=dtypes.compute,
         param_dtype=dtypes.param,
         precision=dtypes.precision,
+        kernel_init=initial.lecun_normal(kernel_size**2 * inputs),
+        bias_init=initial.constant(0.0),
         rngs=rngs,
     )
 
@@ -114,13 +120,27 @@ def norm(features: int, epsilon: float, *, dtypes: DTypes, rngs: nnx.Rngs) -> nn
         dtype=dtypes.compute,
         param_dtype=dtypes.param,
         use_fast_variance=False,
+        scale_init=initial.constant(1.0),
+        bias_init=initial.constant(0.0),
         rngs=rngs,
     )
 
 
 def embedding(rows: int, features: int, *, dtypes: DTypes, rngs: nnx.Rngs) -> nnx.Embed:
     """A table of learned vectors."""
-    return nnx.Embed(rows, features, dtype=dtypes.compute, param_dtype=dtypes.param, rngs=rngs)
+    return nnx.Embed(
+        rows,
+        features,
+        dtype=dtypes.compute,
+        param_dtype=dtypes.param,
+        embedding_init=initial.normal(features**-0.5),
+        rngs=rngs,
+    )
+
+
+def zeros(*shape: int, dtypes: DTypes) -> nnx.Param[Array]:
+    """A parameter that begins at zero."""
+    return nnx.Param(jnp.asarray(np.zeros(shape, dtypes.param)))
 
 
 class ConvTranspose2x2(nnx.Module):
@@ -130,9 +150,9 @@ class ConvTranspose2x2(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, *, dtypes: DTypes, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal(in_axis=2, out_axis=3)
+        init = initial.lecun_normal(4 * inputs)
         self.kernel = nnx.Param(init(rngs.params(), (2, 2, inputs, outputs), dtypes.param))
-        self.bias = nnx.Param(jnp.zeros((outputs,), dtypes.param))
+        self.bias = zeros(outputs, dtypes=dtypes)
         self.dtypes = dtypes
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W O"]:

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsesam_jax.config import SamConfig
+from sparsesam_jax.model import initial
 from sparsesam_jax.model.layers import DTypes, conv, embedding, gelu, norm
 
 # Labels of points. The first three are SAM's; corners are points too, as in SAM's ONNX export.
@@ -98,7 +99,7 @@ class PositionEmbeddingRandom(nnx.Module):
     """Random Fourier features: `[sin, cos](2 pi (2 x - 1) G)` of x in [0, 1]^2."""
 
     def __init__(self, features: int, *, dtypes: DTypes, rngs: nnx.Rngs):
-        matrix = nnx.initializers.normal(1.0)(rngs.params(), (2, features), dtypes.param)
+        matrix = initial.normal(1.0)(rngs.params(), (2, features), dtypes.param)
         self.positional_encoding_gaussian_matrix = Buffer(matrix)
 
     def __call__(self, coordinates: Float[Array, "*batch 2"]) -> Float[Array, "*batch C"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax.config import SamConfig, Sparsity
-from sparsesam_jax.model.image_encoder import ImageEncoder
+from sparsesam_jax.model.image_encoder import AttentionTables, ImageEncoder
 from sparsesam_jax.model.layers import DTypes
 from sparsesam_jax.model.mask_decoder import MaskDecoder
 from sparsesam_jax.model.prompt_encoder import ABSENT, NOT_A_POINT, PromptEncoder
@@ -23,7 +23,6 @@ from sparsesam_jax.model.transforms import (
     preprocess,
     resized_shape,
 )
-from sparsesam_jax.sparsity.plan import AttentionTables
 
 Model = TypeVar("Model", bound="SamModel")
 Labels = Num[Array, "B P T"] | Bool[Array, "B P T"]  # of any dtype: they are made int32
@@ -68,6 +67,8 @@ class SamModel(nnx.Module):
         residual_dtype: Dtype of the image encoder's residual stream; None is float16 where
             bfloat16 is computed in, else the compute dtype. See `layers.DTypes`.
         implementation: `"xla"`, `"mosaic_gpu"` or `"auto"`, see `pallas_kernels.implementation`.
+        remat: Whether a gradient computes each block of the image encoder again instead of keeping
+            what is inside of it.
         rngs: Source of the initial parameters.
     """
 
@@ -80,6 +81,7 @@ class SamModel(nnx.Module):
         param_dtype: DTypeLike | None = None,
         residual_dtype: DTypeLike | None = None,
         implementation: Implementation = "auto",
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
         param = jnp.float32 if param_dtype is None else param_dtype
@@ -90,6 +92,7 @@ class SamModel(nnx.Module):
             sparsity=sparsity,
             dtypes=dtypes,
             implementation=implementation,
+            remat=remat,
             rngs=rngs,
         )
         self.prompt_encoder = PromptEncoder(config, dtypes=dtypes, rngs=rngs)

@@ -14,11 +14,11 @@ from jaxtyping import Array, Float, UInt8
 
 from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.model import transforms as host_transforms
+from sparsesam_jax.model.image_encoder import AttentionTables
 from sparsesam_jax.model.sam import ImageEmbedding
 from sparsesam_jax.model.transforms import normalise
 from sparsesam_jax.predict import device_transforms
 from sparsesam_jax.predict.prompt_arrays import ImagePrompt, ImageSizes, pad_together
-from sparsesam_jax.sparsity.plan import AttentionTables
 
 Masks = tuple[np.ndarray, np.ndarray, np.ndarray]
 Transforms = Literal["auto", "host", "device"]

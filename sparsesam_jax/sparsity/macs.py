@@ -12,7 +12,7 @@ import functools
 import math
 
 from pallas_kernels import BlockLayout
-from sparsesam_jax.config import ImageEncoderConfig
+from sparsesam_jax.config import BlockConfig
 
 Grid = tuple[int, int]
 
@@ -30,38 +30,31 @@ def computed_pairs(layout: BlockLayout) -> int:
     )
 
 
-def attention_work(config: ImageEncoderConfig, index: int, grid: Grid, pairs: int) -> int:
+def attention_work(block: BlockConfig, grid: Grid, pairs: int) -> int:
     """Attention of one block, all heads, given the computed pairs of its grid or of one window.
 
     Args:
-        config: Shape of the encoder.
-        index: The block.
+        block: The block.
         grid: Rows and columns of tokens.
         pairs: Pairs of a query and a key that one head computes, in each window if windowed.
     """
-    if config.is_global(index):
-        windows, queries, sides = 1, grid[0] * grid[1], sum(grid)
-    else:
-        side = config.window_size
+    side = block.window_size
+    windows, queries, sides = 1, grid[0] * grid[1], sum(grid)
+    if side is not None:
         windows = math.ceil(grid[0] / side) * math.ceil(grid[1] / side)
         queries, sides = side * side, 2 * side
-    return windows * config.embed_dim * (2 * pairs + queries * sides)
+    bias = 0 if block.rel_pos_size is None else queries * sides
+    return windows * block.embed_dim * (2 * pairs + bias)
 
 
-def projection_work(config: ImageEncoderConfig, tokens: int) -> int:
+def projection_work(block: BlockConfig, tokens: int) -> int:
     """Queries, keys, values and output of one block."""
-    return 4 * tokens * config.embed_dim**2
+    return 4 * tokens * block.embed_dim**2
 
 
-def mlp_work(config: ImageEncoderConfig, tokens: int) -> int:
+def mlp_work(block: BlockConfig, tokens: int) -> int:
     """The MLP of one block on so many tokens."""
-    return 2 * tokens * config.embed_dim * config.mlp_dim
-
-
-def fixed_work(config: ImageEncoderConfig, tokens: int) -> int:
-    """Patch embedding and neck."""
-    pixels, out = 3 * config.patch_size**2, config.out_chans
-    return tokens * (pixels * config.embed_dim + config.embed_dim * out + 9 * out * out)
+    return 2 * tokens * block.embed_dim * block.mlp_dim
 
 
 def _block_sizes(count: int, size: int, length: int) -> list[int]:

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterable
 
 from pallas_kernels import BlockLayout
-from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+from sparsesam_jax.config import BlockConfig, EncoderConfig, Sparsity
 from sparsesam_jax.sparsity.macs import Grid, attention_work, computed_pairs, mlp_work
 
 Densities = tuple[float, float]  # of a block's attention and of its MLP
@@ -21,7 +21,7 @@ _GLOBAL_EXPONENT = 1.5  # of the density of global attention
 
 
 @functools.lru_cache(maxsize=256)
-def block_densities(config: ImageEncoderConfig, sparsity: Sparsity) -> tuple[Densities, ...]:
+def block_densities(config: EncoderConfig, sparsity: Sparsity) -> tuple[Densities, ...]:
     """The densities of attention and MLP in every block.
 
     Densities that the sparsity names for attention, for the MLP or block by block are taken as they
@@ -30,27 +30,28 @@ def block_densities(config: ImageEncoderConfig, sparsity: Sparsity) -> tuple[Den
     Raises:
         ValueError: A density is given per block, but not for as many blocks as the encoder has.
     """
-    equal = tuple(sparsity.block_density(index, config.depth) for index in range(config.depth))
+    blocks = config.blocks
+    equal = tuple(sparsity.block_density(index, len(blocks)) for index in range(len(blocks)))
     r = sparsity.density
     if sparsity.split == "equal" or isinstance(r, tuple) or r == 1:
         return equal
     if (sparsity.attention_density, sparsity.mlp_density) != (None, None):
         return equal
-    routed = [index for index in range(config.depth) if is_routed(config, sparsity, index)]
+    routed = [block for i, block in enumerate(blocks) if is_routed(config, sparsity, i)]
     if not routed:
         return equal
     grid = (config.grid_size, config.grid_size)
     tokens = grid[0] * grid[1]
-    whole = len(routed) * mlp_work(config, tokens)  # of the MLPs that may be routed
+    whole = sum(mlp_work(block, tokens) for block in routed)  # of the MLPs that may be routed
 
     def attention(global_density: float) -> list[float]:
-        return [global_density if config.is_global(i) else 1.0 for i in range(config.depth)]
+        return [global_density if block.is_global else 1.0 for block in blocks]
 
     def left(global_density: float) -> float:
         """What the budget leaves to the routed MLPs."""
         kept = (densities[0] for densities in equal)
-        spent = _attention_work(config, sparsity, grid, attention(global_density))
-        return _attention_work(config, sparsity, grid, kept) + r * whole - spent
+        spent = _attention_work(blocks, sparsity, grid, attention(global_density))
+        return _attention_work(blocks, sparsity, grid, kept) + r * whole - spent
 
     global_density = r**_GLOBAL_EXPONENT
     if left(global_density) > whole:  # more than all MLPs need: back to global attention
@@ -62,34 +63,35 @@ def block_densities(config: ImageEncoderConfig, sparsity: Sparsity) -> tuple[Den
 
 
 def attention_layout(
-    config: ImageEncoderConfig, index: int, grid: Grid, density: float, block_size: int = 64
+    block: BlockConfig, grid: Grid, density: float, block_size: int = 64
 ) -> BlockLayout:
-    """The block layout of one block's attention on a token grid (of its window, if windowed)."""
+    """The block layout of a block's attention on a token grid (of its window, if windowed)."""
     size = {"block_q": block_size, "block_kv": block_size}
-    if config.is_global(index):
+    if block.window_size is None:
         return BlockLayout.a_shape(grid[0] * grid[1], density, **size)
-    return BlockLayout.bar(config.window_size**2, density, **size)
+    return BlockLayout.bar(block.window_size**2, density, **size)
 
 
-def is_routed(config: ImageEncoderConfig, sparsity: Sparsity, index: int) -> bool:
-    """Whether a block's MLP may skip tokens: it is windowed, and the tokens are ranked by then."""
+def is_routed(config: EncoderConfig, sparsity: Sparsity, index: int) -> bool:
+    """Whether a block's MLP may skip tokens: it is routable, and the tokens are ranked by then."""
     start = sparsity.mlp_start
     if start is None:
         start = first_global(config) + 1
-    return index >= start and not config.is_global(index)
+    return index >= start and config.blocks[index].routable
 
 
-def first_global(config: ImageEncoderConfig) -> int:
-    """The first global block; the depth if there is none, so that nothing lies behind it."""
-    return min(config.global_attn_indexes, default=config.depth)
+def first_global(config: EncoderConfig) -> int:
+    """The first global block, which ranks the tokens; the depth if there is none."""
+    indices = (index for index, block in enumerate(config.blocks) if block.is_global)
+    return next(indices, len(config.blocks))
 
 
 def _attention_work(
-    config: ImageEncoderConfig, sparsity: Sparsity, grid: Grid, densities: Iterable[float]
+    blocks: Iterable[BlockConfig], sparsity: Sparsity, grid: Grid, densities: Iterable[float]
 ) -> int:
     """Of all blocks, each with a density of its own."""
     work = 0
-    for index, density in enumerate(densities):
-        layout = attention_layout(config, index, grid, density, sparsity.block_size)
-        work += attention_work(config, index, grid, computed_pairs(layout))
+    for block, density in zip(blocks, densities, strict=True):
+        layout = attention_layout(block, grid, density, sparsity.block_size)
+        work += attention_work(block, grid, computed_pairs(layout))
     return work

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+from sparsesam_jax.config import EncoderConfig, Sparsity
 from sparsesam_jax.sparsity.macs import (
     Grid,
     attention_work,
     computed_pairs,
-    fixed_work,
     mlp_work,
     projection_work,
 )
@@ -47,7 +46,7 @@ class EncoderWork:
 
     Attributes:
         blocks: One entry a transformer block.
-        fixed: Patch embedding and neck.
+        fixed: All that is outside of the blocks.
     """
 
     blocks: tuple[BlockWork, ...]
@@ -60,7 +59,7 @@ class EncoderWork:
 
 
 def encoder_work(
-    config: ImageEncoderConfig, sparsity: Sparsity | None = None, grid: Grid | None = None
+    config: EncoderConfig, sparsity: Sparsity | None = None, grid: Grid | None = None
 ) -> EncoderWork:
     """What one image costs at a sparsity.
 
@@ -72,14 +71,14 @@ def encoder_work(
     grid = grid or (config.grid_size, config.grid_size)
     tokens = grid[0] * grid[1]
     blocks = []
-    for index in range(config.depth):
+    for index, block in enumerate(config.blocks):
         routed = num_routed_tokens(config, sparsity, index, grid)
         layout = attention_layout(config, sparsity, index, grid)
         blocks.append(
             BlockWork(
-                projections=projection_work(config, tokens),
-                attention=attention_work(config, index, grid, computed_pairs(layout)),
-                mlp=mlp_work(config, tokens if routed is None else routed),
+                projections=projection_work(block, tokens),
+                attention=attention_work(block, grid, computed_pairs(layout)),
+                mlp=mlp_work(block, tokens if routed is None else routed),
             )
         )
-    return EncoderWork(tuple(blocks), fixed_work(config, tokens))
+    return EncoderWork(tuple(blocks), config.other_work(tokens))

@@ -24,7 +24,7 @@ from sparsesam_jax.model.image_encoder import ImageEncoder
 from sparsesam_jax.model.transforms import normalise, resize_and_pad
 from sparsesam_jax.sparsity import orders
 from sparsesam_jax.sparsity.importance import group_importance
-from sparsesam_jax.sparsity.plan import Plan
+from sparsesam_jax.sparsity.plan import Rankings, encoder_plan
 
 MODEL = dataclasses.replace(
     SMALL,
@@ -60,9 +60,10 @@ def test_trace_is_what_the_encoder_does(weights: str, photos: Path) -> None:
     @nnx.jit
     def run(encoder: ImageEncoder, pixels: jax.Array):
         outputs = encoder.block_outputs(pixels)
-        plan = Plan(encoder.config, None, (8, 8), "xla")
+        plan = encoder_plan(encoder.config, None, (8, 8), "xla")[1]
         last = encoder.blocks[1]
-        attended = outputs[0] + last.attn(last.norm1(outputs[0]), outputs[0], plan)
+        update, _ = last.attn(last.norm1(outputs[0]), outputs[0], plan, Rankings())
+        attended = outputs[0] + update
         return figures.trace(encoder, pixels), outputs[1] - attended
 
     found, update = run(encoder, pixels)
