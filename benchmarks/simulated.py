@@ -27,7 +27,13 @@ from sparsesam_jax.methods.sequences import (
 from sparsesam_jax.model.image_encoder import Block, ImageEncoder
 from sparsesam_jax.model.layers import add
 from sparsesam_jax.sparsity import orders
-from sparsesam_jax.sparsity.plan import Plan, attention_layout, num_routed_tokens
+from sparsesam_jax.sparsity.plan import (
+    BlockPlan,
+    Rankings,
+    attention_layout,
+    encoder_plan,
+    num_routed_tokens,
+)
 
 
 class Knobs(NamedTuple):
@@ -96,47 +102,45 @@ def encode(
     """The features of a dense encoder's weights with what the knobs keep."""
     config = encoder.config
     x = encoder.embed(pixels)
-    plan = Plan(config, program.ranking, (x.shape[1], x.shape[2]), "xla")
-    for block in encoder.blocks:
-        index = block.index
-        window = None if config.is_global(index) else config.window_size
+    plans = encoder_plan(config, program.ranking, (x.shape[1], x.shape[2]), "xla")
+    rankings = Rankings()
+    for index, (block, plan) in enumerate(zip(encoder.blocks, plans, strict=True)):
+        window = block.config.window_size
         normed = block.norm1(x)
         sequences, value_bias = block_sequences(block, normed, config.num_heads, window)
-        _rank(plan, sequences, x, window)
-        out = _attend(plan, sequences, window, knobs.bar[index]).swapaxes(1, 2)
+        rankings = plan.rank(rankings, *_keys(sequences, x, window), x)
+        out = _attend(plan, rankings, sequences, knobs.bar[index]).swapaxes(1, 2)
         if window:
             out = reference.window_unpartition(out, window, (x.shape[0], x.shape[1], x.shape[2]))
         out = out.reshape(*x.shape[:3], config.num_heads, -1) + value_bias
         x = add(x, block.attn.proj(out.reshape(x.shape)))
-        update = _mlp(plan, block, x, program.skipped, knobs.routed[index], knobs.merged[index])
+        update = _mlp(rankings, block, x, program.skipped, knobs.routed[index], knobs.merged[index])
         x = add(x, update)
     return encoder.neck_features(x)
 
 
-def _rank(plan: Plan, sequences: Sequences, x: Array, window: int | None) -> None:
-    """Let the plan rank, at the first block of either kind."""
+def _keys(sequences: Sequences, x: Array, window: int | None) -> tuple[Array, Array]:
+    """The keys without their bias as a map [B, Gh, Gw, H, D], and the bias."""
     keys = sequences.k.swapaxes(1, 2)
     if window:
         keys = reference.window_unpartition(keys, window, (x.shape[0], x.shape[1], x.shape[2]))
-        plan.rank_windows(keys, sequences.key_bias[:, 0], x)
     else:
         keys = keys.reshape(*x.shape[:3], *keys.shape[2:])
-        plan.rank_grid(keys, sequences.key_bias[:, 0], x)
+    return keys, sequences.key_bias[:, 0]
 
 
-def _attend(plan: Plan, sequences: Sequences, window: int | None, bar: Array) -> Array:
+def _attend(plan: BlockPlan, rankings: Rankings, sequences: Sequences, bar: Array) -> Array:
     """Attention to the bar's blocks and, on the grid, to the query's own."""
     assert plan.sparsity is not None
-    order = plan.window_order if window else plan.grid_sequence
-    assert order is not None
+    window, order = plan.block.window_size, plan.sequence(rankings)
     place = orders.inverse(order)
     if window and place.ndim > 1:
         place = place.reshape(-1, *place.shape[2:])
     place = place.reshape(*place.shape[:-1], *(1,) * (3 - place.ndim), place.shape[-1])
     block = place // plan.sparsity.block_size  # of every token, [S or 1, H or 1, N]
     rank = block
-    if plan.block_order is not None and not window:
-        ranks = orders.inverse(plan.block_order)[:, None]
+    if rankings.blocks is not None and not window:
+        ranks = orders.inverse(rankings.blocks)[:, None]
         rank = jnp.take_along_axis(
             ranks, jnp.broadcast_to(block, (*ranks.shape[:2], block.shape[-1])), -1
         )
@@ -154,20 +158,25 @@ def _attend(plan: Plan, sequences: Sequences, window: int | None, bar: Array) ->
 
 
 def _mlp(
-    plan: Plan, block: Block, x: Array, skipped: Skipped | None, routed: Array, merged: Array
+    rankings: Rankings,
+    block: Block,
+    x: Array,
+    skipped: Skipped | None,
+    routed: Array,
+    merged: Array,
 ) -> Array:
     """The update of every token: its own, its group's, or none."""
     update = block.mlp(block.norm2(x))
-    if plan.token_order is None:
+    if rankings.tokens is None:
         return update
     batch, count, d = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
-    rank = orders.inverse(plan.token_order).reshape(*x.shape[:3], 1)
+    rank = orders.inverse(rankings.tokens).reshape(*x.shape[:3], 1)
     update = jnp.where(rank < routed, update, 0)
     if skipped is None:
         return update
     tokens = x.reshape(batch, count, d)
     tokens = tokens if skipped == "mean_input" else block.norm2(tokens)
-    groups = jnp.take_along_axis(tokens, plan.token_order[..., None], axis=1)
+    groups = jnp.take_along_axis(tokens, rankings.tokens[..., None], axis=1)
     groups = groups.reshape(batch, -1, orders.GROUP, d)
     rows = groups[:, :, 0] if skipped == "first" else groups.mean(2)
     shared = block.mlp(block.norm2(rows) if skipped == "mean_input" else rows)

@@ -74,9 +74,21 @@ class BlockPlan:
         """
         if self.sparsity is None or self.layout.is_dense:
             return None, None
-        ranked = rankings.grid if self.block.is_global else rankings.window
-        sequence = self._static_sequence() if ranked is None else ranked
+        sequence = self.sequence(rankings)
+        if self.sparsity.ranking == "spread":
+            assert isinstance(sequence, np.ndarray)
+            bar = self.layout.num_bar_blocks
+            sequence = orders.spread_sequence(sequence, bar, self.layout.block_kv)
         return sequence, rankings.blocks if self.block.is_global else None
+
+    def sequence(self, rankings: Rankings) -> Sequence:
+        """Rank -> raster index in the grid or window, static where nothing is ranked."""
+        assert self.sparsity is not None
+        ranked = rankings.grid if self.block.is_global else rankings.window
+        if ranked is not None:
+            return ranked
+        side = self.block.window_size
+        return _unranked(self.sparsity, self.grid if side is None else (side, side))
 
     def routed_tokens(self, rankings: Rankings) -> Int[Array, "B M"] | None:
         """Raster indices of the tokens that the MLP runs on; None for all."""
@@ -142,15 +154,6 @@ class BlockPlan:
             last = jnp.broadcast_to(last, (blocks.shape[0], len(last)))
             found["blocks"] = jnp.concatenate([rank(blocks), last], axis=-1)
         return found
-
-    def _static_sequence(self) -> np.ndarray:
-        """The sequence where no tokens are ranked."""
-        assert self.sparsity is not None
-        side = self.block.window_size
-        sequence = _unranked(self.sparsity, self.grid if side is None else (side, side))
-        if self.sparsity.ranking != "spread":
-            return sequence
-        return orders.spread_sequence(sequence, self.layout.num_bar_blocks, self.layout.block_kv)
 
 
 @functools.lru_cache(maxsize=256)
