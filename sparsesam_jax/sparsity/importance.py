@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -10,6 +13,63 @@ from sparsesam_jax.config import Importance
 from sparsesam_jax.sparsity.orders import GROUP
 
 _SOBEL = np.outer((-1.0, 0.0, 1.0), (1.0, 2.0, 1.0)).astype(np.float32)
+
+
+class Map(NamedTuple):
+    """What a score looks at.
+
+    Attributes:
+        features: Feature map in raster order, [*batch, N, C].
+        order: The curve that forms the groups, [N].
+        grid: Rows and columns of the map.
+        seed: Of scores that are drawn.
+    """
+
+    features: Array
+    order: np.ndarray
+    grid: tuple[int, int]
+    seed: int
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Shape of the scores, [*batch, G]."""
+        return (*self.features.shape[:-2], len(self.order) // GROUP)
+
+
+def _sobel(x: Map) -> Array:
+    batch = x.features.shape[:-2]
+    magnitude = sobel_magnitude(x.features.reshape(*batch, *x.grid, -1)).reshape(*batch, -1)
+    return _members(magnitude[..., None], x.order)[..., 0].mean(-1)
+
+
+def _dispersion(x: Map) -> Array:
+    members = _members(x.features.astype(jnp.float32), x.order)
+    spread = members.std(-2, ddof=1).mean(-1)
+    centre = members.mean(-2)
+    unit = centre / jnp.maximum(jnp.linalg.norm(centre, axis=-1, keepdims=True), 1e-12)
+    # The mean cosine to all others is a product with their sum, less the group's own share.
+    own = (unit * unit).sum(-1)
+    others = max(unit.shape[-2] - 1, 1)
+    similarity = ((unit * unit.sum(-2, keepdims=True)).sum(-1) - own) / others
+    return _standardise(spread) + _standardise(-similarity)
+
+
+def _uniform(x: Map) -> Array:
+    return jnp.zeros(x.groups, jnp.float32)
+
+
+def _random(x: Map) -> Array:
+    draw = np.random.default_rng(x.seed).random(x.groups[-1], np.float32)
+    return jnp.broadcast_to(draw, x.groups)
+
+
+# A new score is a function here and its name in `Importance`.
+SCORES: dict[Importance, Callable[[Map], Array]] = {
+    "sobel": _sobel,
+    "dispersion": _dispersion,
+    "uniform": _uniform,
+    "random": _random,
+}
 
 
 def group_importance(
@@ -37,18 +97,9 @@ def group_importance(
         importance: Which score.
         seed: Seed of `random`.
     """
-    batch, num_groups = features.shape[:-2], len(order) // GROUP
-    if importance == "uniform":
-        return jnp.zeros((*batch, num_groups), jnp.float32)
-    if importance == "random":
-        draw = np.random.default_rng(seed).random(num_groups, np.float32)
-        return jnp.broadcast_to(draw, (*batch, num_groups))
-    if importance == "sobel":
-        magnitude = sobel_magnitude(features.reshape(*batch, *grid, -1)).reshape(*batch, -1)
-        return _members(magnitude[..., None], order)[..., 0].mean(-1)
-    if importance == "dispersion":
-        return _dispersion(_members(features.astype(jnp.float32), order))
-    raise ValueError(f"importance must be sobel, dispersion, uniform or random; got {importance!r}")
+    if importance not in SCORES:
+        raise ValueError(f"importance must be one of {', '.join(SCORES)}; got {importance!r}")
+    return SCORES[importance](Map(features, order, grid, seed))
 
 
 def rank(scores: Float[Array, "*batch G"]) -> Int[Array, "*batch G"]:
@@ -81,17 +132,6 @@ def _members(features: Array, order: np.ndarray) -> Array:
     full = len(order) // GROUP * GROUP
     members = jnp.take(features, order[:full], axis=-2)
     return members.reshape(*features.shape[:-2], -1, GROUP, features.shape[-1])
-
-
-def _dispersion(members: Array) -> Array:
-    spread = members.std(-2, ddof=1).mean(-1)
-    centre = members.mean(-2)
-    unit = centre / jnp.maximum(jnp.linalg.norm(centre, axis=-1, keepdims=True), 1e-12)
-    # The mean cosine to all others is a product with their sum, less the group's own share.
-    own = (unit * unit).sum(-1)
-    others = max(unit.shape[-2] - 1, 1)
-    similarity = ((unit * unit.sum(-2, keepdims=True)).sum(-1) - own) / others
-    return _standardise(spread) + _standardise(-similarity)
 
 
 def _standardise(x: Array) -> Array:
