@@ -14,6 +14,8 @@ Importance = Literal["sobel", "dispersion", "uniform", "random"]
 Features = Literal["keys", "input"]
 Split = Literal["balanced", "equal"]
 
+Grid = tuple[int, int]  # rows and columns of tokens
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparsesam_jax.checkpoints.pretrained import Sam
-from sparsesam_jax.config import ImageEncoderConfig
+from sparsesam_jax.config import Grid, ImageEncoderConfig
 from sparsesam_jax.model.image_encoder import AttentionTables, ImageEncoder
 from sparsesam_jax.sparsity.work import EncoderWork
 
@@ -59,7 +59,9 @@ class MethodEncoder(ImageEncoder):
         self.neck = encoder.neck
         self.method = method
 
-    def tables(self, grid: tuple[int, int] | None = None) -> tuple[AttentionTables, ...]:
+    def tables(
+        self, grid: Grid | None = None, frame: Grid | None = None
+    ) -> tuple[AttentionTables, ...]:
         """None: a method applies the blocks as it likes."""
         return ()
 
@@ -67,9 +69,17 @@ class MethodEncoder(ImageEncoder):
         self,
         pixels: Float[Array, "B height width 3"],
         tables: Sequence[AttentionTables | None] = (),
+        frame: Grid | None = None,
     ) -> list[Array]:
-        """The tokens after every block, each [B, Gh, Gw, d]."""
-        return self.method.block_outputs(self, self.embed(pixels))
+        """The tokens after every block, each [B, Gh, Gw, d].
+
+        Raises:
+            ValueError: The pixels are a part of a larger frame.
+        """
+        x = self.embed(pixels)
+        if frame not in (None, x.shape[1:3]):
+            raise ValueError(f"frame must be the pixels' own for a method, got {frame}")
+        return self.method.block_outputs(self, x)
 
 
 def with_method(sam: Sam, method: Method) -> Sam:

@@ -22,7 +22,7 @@ from pallas_kernels.routed_mlp import mlp, routed_mlp
 from pallas_kernels.stripe_attention import stripe_attention
 from pallas_kernels.window_attention import window_attention
 from pallas_kernels.window_kernel import REL
-from sparsesam_jax.config import BlockConfig, ImageEncoderConfig, Sparsity
+from sparsesam_jax.config import BlockConfig, Grid, ImageEncoderConfig, Sparsity
 from sparsesam_jax.model.layers import (
     FLOAT32,
     DTypes,
@@ -122,15 +122,20 @@ class ImageEncoder(nnx.Module):
         self.sparsity = sparsity
 
     def __call__(
-        self, pixels: Float[Array, "B height width 3"], tables: Sequence[AttentionTables] = ()
+        self,
+        pixels: Float[Array, "B height width 3"],
+        tables: Sequence[AttentionTables | None] = (),
+        frame: Grid | None = None,
     ) -> Float[Array, "B Gh Gw out_chans"]:
         """Encode normalised, padded images.
 
         Args:
-            pixels: Normalised RGB images; sides are multiples of the patch size. Position tables
-                are interpolated for another size than `config.image_size`.
-            tables: What `tables` returned for these weights and this grid; without it every call
-                makes them, which is 24 small kernels and more for a ViT-L.
+            pixels: Normalised RGB images; sides are multiples of the patch size.
+            tables: What `tables` returned for these weights, this grid and frame; without it every
+                call makes them, which is 24 small kernels and more for a ViT-L.
+            frame: Rows and columns of the token grid that the pixels are the top left part of;
+                None is their own. Positions are those of the frame, interpolated where it is not
+                the configuration's grid.
 
         Returns:
             Features in the compute dtype, one a patch.
@@ -139,29 +144,33 @@ class ImageEncoder(nnx.Module):
             ValueError: `pixels` is not [B, height, width, 3] with such sides, or `tables` is of
                 another encoder or grid.
         """
-        return self.neck_features(self.block_outputs(pixels, tables)[-1])
+        return self.neck_features(self.block_outputs(pixels, tables, frame)[-1])
 
-    def tables(self, grid: tuple[int, int] | None = None) -> tuple[AttentionTables, ...]:
+    def tables(
+        self, grid: Grid | None = None, frame: Grid | None = None
+    ) -> tuple[AttentionTables, ...]:
         """What all blocks derive from the weights alone: make it once, and anew for new weights.
 
         Args:
             grid: Rows and columns of tokens; None is the configuration's.
+            frame: As for `__call__`.
         """
         grid = grid or (self.config.grid_size, self.config.grid_size)
-        return tuple(block.attn.tables(grid) for block in self.blocks)
+        return tuple(block.attn.tables(grid, frame or grid) for block in self.blocks)
 
     def block_outputs(
         self,
         pixels: Float[Array, "B height width 3"],
         tables: Sequence[AttentionTables | None] = (),
+        frame: Grid | None = None,
     ) -> list[Array]:
         """The residual stream after every block, each [B, Gh, Gw, d]; arguments as `__call__`."""
         if tables and len(tables) != len(self.blocks):
             expected = f"one entry a block ({len(self.blocks)})"
             raise ValueError(f"tables must have {expected} or none, got {len(tables)}")
-        x = self.embed(pixels)
+        x = self.embed(pixels, frame)
         grid = (x.shape[1], x.shape[2])
-        plans = encoder_plan(self.config, self.sparsity, grid, self.implementation)
+        plans = encoder_plan(self.config, self.sparsity, grid, self.implementation, frame)
         rankings, outputs = Rankings(), []
         for block, plan, table in zip(
             self.blocks, plans, tables or [None] * len(plans), strict=True
@@ -170,7 +179,9 @@ class ImageEncoder(nnx.Module):
             outputs.append(x)
         return outputs
 
-    def embed(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B Gh Gw d"]:
+    def embed(
+        self, pixels: Float[Array, "B height width 3"], frame: Grid | None = None
+    ) -> Float[Array, "B Gh Gw d"]:
         """Patch embedding plus absolute position, in the residual stream's dtype."""
         patch = self.config.patch_size
         if pixels.ndim != 4 or pixels.shape[3] != 3 or any(s % patch for s in pixels.shape[1:3]):
@@ -179,10 +190,13 @@ class ImageEncoder(nnx.Module):
                 f"got {pixels.shape}"
             )
         x = self.patch_embed(pixels.astype(self.dtypes.compute))
-        position = self.pos_embed[...]
-        if position.shape[1:3] != x.shape[1:3]:
-            shape = (1, *x.shape[1:3], position.shape[3])
+        grid = (x.shape[1], x.shape[2])
+        position, frame = self.pos_embed[...], frame or grid
+        check_frame(frame, grid)
+        if position.shape[1:3] != frame:
+            shape = (1, *frame, position.shape[3])
             position = jax.image.resize(position, shape, "linear", antialias=False)
+        position = position[:, : grid[0], : grid[1]]
         return x.astype(self.dtypes.residual) + position.astype(self.dtypes.residual)
 
     def neck_features(self, x: Float[Array, "B Gh Gw d"]) -> Float[Array, "B Gh Gw out_chans"]:
@@ -201,12 +215,13 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B Gh Gw d"]:
         """Project each patch."""
+        if type(self.proj) is not nnx.Conv or self.proj.bias is None:
+            return self.proj(pixels)  # a layer of the user's
         # As a product: GPUs have no fast convolution of three channels.
         patch, kernel = self.patch_size, self.proj.kernel[...].astype(pixels.dtype)
         batch, height, width, channels = pixels.shape
         patches = pixels.reshape(batch, height // patch, patch, width // patch, patch, channels)
         patches = patches.swapaxes(2, 3).reshape(batch, height // patch, width // patch, -1)
-        assert self.proj.bias is not None
         out = jnp.matmul(
             patches,
             kernel.reshape(patches.shape[-1], -1),
@@ -353,7 +368,7 @@ class Attention(nnx.Module):
             tables: What `tables` returned for this grid; None makes them.
         """
         batch, height, width, d = x.shape
-        tables = tables or self.tables(plan.grid)
+        tables = tables or self.tables(plan.grid, plan.frame)
         bias = self._qkv_bias(x.dtype)
         if tables.qkv_bias is None:
             qkv = called(self.qkv, x, replaced("qkv", self.qkv), plan).astype(x.dtype)
@@ -386,7 +401,7 @@ class Attention(nnx.Module):
         residual: Float[Array, "B Gh Gw d"] | None = None,
     ) -> Float[Array, "B Gh Gw d"]:
         """The output projection of what `attend` returned, added to `residual` if there is one."""
-        tables = tables or self.tables(plan.grid)
+        tables = tables or self.tables(plan.grid, plan.frame)
         if tables.proj_bias is None:
             value_bias = self._qkv_bias(attended.dtype)[2 * attended.shape[-1] :]
             out = called(self.proj, attended + value_bias, replaced("proj", self.proj), plan)
@@ -395,9 +410,11 @@ class Attention(nnx.Module):
         options: Any = {"residual": residual, "implementation": plan.implementation}
         return projection(attended, kernel, tables.proj_bias, **options)
 
-    def tables(self, grid: tuple[int, int]) -> AttentionTables:
+    def tables(self, grid: Grid, frame: Grid) -> AttentionTables:
         """What `ImageEncoder.tables` holds for this block."""
-        return AttentionTables(self._q_bias(), self._proj_bias(), *self._position_tables(grid))
+        return AttentionTables(
+            self._q_bias(), self._proj_bias(), *self._position_tables(grid, frame)
+        )
 
     def _q_bias(self) -> Array | None:
         """The bias of `qkv` for the queries alone; None where that is no plain product."""
@@ -425,17 +442,26 @@ class Attention(nnx.Module):
         zero = jnp.zeros((1, self.config.embed_dim), self.dtypes.compute)
         return self.qkv(zero)[0].astype(dtype)
 
-    def _position_tables(self, grid: tuple[int, int]) -> tuple[Array | None, Array | None]:
+    def _position_tables(self, grid: Grid, frame: Grid) -> tuple[Array | None, Array | None]:
         window = self.config.window_size
         if self.config.rel_pos_size is None:
             return None, None
         tables = []
-        for rel_pos, side in zip((self.rel_pos_h, self.rel_pos_w), grid, strict=True):
-            table = relative_table(rel_pos[...], side, window)
-            if window is not None:
+        rel_pos = (self.rel_pos_h, self.rel_pos_w)
+        for values, side, whole in zip(rel_pos, grid, frame, strict=True):
+            table = relative_table(values[...], whole, window)[:side]
+            if window is None:
+                table = table[:, :side]
+            else:
                 table = jnp.pad(table, ((0, 0), (0, max(0, REL - window)), (0, 0)))
             tables.append(table.astype(self.dtypes.compute))
         return tables[0], tables[1]
+
+
+def check_frame(frame: Grid, grid: Grid) -> None:
+    """Raise ValueError unless the grid is a part of the frame."""
+    if frame[0] < grid[0] or frame[1] < grid[1]:
+        raise ValueError(f"frame must hold the grid of {grid} tokens, got {frame}")
 
 
 def replaced(name: str, layer: Any) -> list[str]:

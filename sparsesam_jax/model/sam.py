@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels.implementation import Implementation
-from sparsesam_jax.config import SamConfig, Sparsity
+from sparsesam_jax.config import Grid, SamConfig, Sparsity
 from sparsesam_jax.model.image_encoder import AttentionTables, ImageEncoder
 from sparsesam_jax.model.layers import DTypes
 from sparsesam_jax.model.mask_decoder import MaskDecoder
@@ -110,10 +110,13 @@ class SamModel(nnx.Module):
         return model
 
     def encode(
-        self, pixels: Float[Array, "B height width 3"], tables: Sequence[AttentionTables] = ()
+        self,
+        pixels: Float[Array, "B height width 3"],
+        tables: Sequence[AttentionTables | None] = (),
+        frame: Grid | None = None,
     ) -> ImageEmbedding:
         """Encode normalised, padded images; arguments as `ImageEncoder.__call__`."""
-        outputs = self.image_encoder.block_outputs(pixels, tables)
+        outputs = self.image_encoder.block_outputs(pixels, tables, frame)
         features = self.image_encoder.neck_features(outputs[-1])
         first = min(self.config.image_encoder.global_attn_indexes, default=0)
         early = outputs[first].astype(features.dtype) if self.config.hq else None
@@ -128,6 +131,7 @@ class SamModel(nnx.Module):
         *,
         multimask_output: bool = True,
         hq_token_only: bool = False,
+        frame: Grid | None = None,
     ) -> tuple[Float[Array, "B P K h w"], Float[Array, "B P K"]]:
         """Masks for prompts in the padded input's frame.
 
@@ -139,6 +143,7 @@ class SamModel(nnx.Module):
             mask_input: Mask logits of an earlier prediction.
             multimask_output: Whether to return the proposals instead of the single-mask output.
             hq_token_only: SAM-HQ: its own mask alone instead of the sum with SAM's.
+            frame: The one that `encode` was given.
 
         Returns:
             Mask logits at four times the features' resolution and predicted IoU, float32.
@@ -146,16 +151,17 @@ class SamModel(nnx.Module):
         labels = labels.astype(jnp.int32)
         rows, cols = embedding.features.shape[1:3]
         grid, patch = (rows, cols), self.config.image_encoder.patch_size
+        frame = frame or grid
         tokens, dense = self.prompt_encoder(
             points,
             labels,
             mask_input,
-            image_size=(rows * patch, cols * patch),
+            image_size=(frame[0] * patch, frame[1] * patch),
             grid=grid,
         )
         return self.mask_decoder(
             embedding.features,
-            self.prompt_encoder.dense_position(grid),
+            self.prompt_encoder.dense_position(frame)[:rows, :cols],
             tokens,
             labels != ABSENT,
             dense,

@@ -12,9 +12,7 @@ import functools
 import math
 
 from pallas_kernels import BlockLayout
-from sparsesam_jax.config import BlockConfig
-
-Grid = tuple[int, int]
+from sparsesam_jax.config import BlockConfig, Grid
 
 
 @functools.lru_cache(maxsize=256)

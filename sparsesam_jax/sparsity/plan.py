@@ -19,10 +19,9 @@ from jaxtyping import Array, Int
 from pallas_kernels import BlockLayout
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.reference import window_partition
-from sparsesam_jax.config import BlockConfig, EncoderConfig, Sparsity
+from sparsesam_jax.config import BlockConfig, EncoderConfig, Grid, Sparsity
 from sparsesam_jax.sparsity import orders, split
 from sparsesam_jax.sparsity.importance import block_importance, group_importance, rank
-from sparsesam_jax.sparsity.macs import Grid
 
 Sequence = Array | np.ndarray  # static where it is a numpy array
 
@@ -53,6 +52,7 @@ class BlockPlan:
         block: The block.
         sparsity: How tokens are ranked; None ranks nothing.
         grid: Rows and columns of tokens.
+        frame: Those of the grid that this one is the top left part of, which says the positions.
         layout: Of its attention.
         num_routed: Tokens M that its MLP runs on; None is all.
         ranks: Whether it is the first of its kind, which ranks the tokens.
@@ -62,6 +62,7 @@ class BlockPlan:
     block: BlockConfig
     sparsity: Sparsity | None
     grid: Grid
+    frame: Grid
     layout: BlockLayout
     num_routed: int | None
     ranks: bool
@@ -158,9 +159,13 @@ class BlockPlan:
 
 @functools.lru_cache(maxsize=256)
 def encoder_plan(
-    config: EncoderConfig, sparsity: Sparsity | None, grid: Grid, implementation: Implementation
+    config: EncoderConfig,
+    sparsity: Sparsity | None,
+    grid: Grid,
+    implementation: Implementation,
+    frame: Grid | None = None,
 ) -> tuple[BlockPlan, ...]:
-    """What every block of an encoder does on a grid of tokens."""
+    """What every block of an encoder does on a grid of tokens, part of a frame or whole."""
     plans, seen = [], set()
     for index, block in enumerate(config.blocks):
         plans.append(
@@ -168,6 +173,7 @@ def encoder_plan(
                 block=block,
                 sparsity=sparsity,
                 grid=grid,
+                frame=frame or grid,
                 layout=attention_layout(config, sparsity, index, grid),
                 num_routed=num_routed_tokens(config, sparsity, index, grid),
                 ranks=sparsity is not None and block.is_global not in seen,

@@ -12,8 +12,8 @@ import functools
 from collections.abc import Iterable
 
 from pallas_kernels import BlockLayout
-from sparsesam_jax.config import BlockConfig, EncoderConfig, Sparsity
-from sparsesam_jax.sparsity.macs import Grid, attention_work, computed_pairs, mlp_work
+from sparsesam_jax.config import BlockConfig, EncoderConfig, Grid, Sparsity
+from sparsesam_jax.sparsity.macs import attention_work, computed_pairs, mlp_work
 
 Densities = tuple[float, float]  # of a block's attention and of its MLP
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from sparsesam_jax.config import EncoderConfig, Sparsity
+from sparsesam_jax.config import EncoderConfig, Grid, Sparsity
 from sparsesam_jax.sparsity.macs import (
-    Grid,
     attention_work,
     computed_pairs,
     mlp_work,

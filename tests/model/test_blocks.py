@@ -262,3 +262,35 @@ def test_a_sam_of_a_new_shape_is_made_at_once():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
     kernel = eager["blocks"][0]["mlp"]["lin1"]["kernel"][...]
     assert np.std(kernel) == pytest.approx(64**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES, ids=["dense", "sparse"])
+def test_a_part_of_a_frame_has_the_frames_positions(encoder: ImageEncoder, sparsity):
+    """Against an encoder whose position tables were cut by hand."""
+    encoder.set_sparsity(sparsity)
+    part, frame = pixels()[:, :, :96], (8, 8)
+    found = encoder(part, frame=frame)
+    given = encoder(part, encoder.tables((8, 6), frame), frame)
+    np.testing.assert_allclose(given, found, atol=1e-6)
+    np.testing.assert_array_equal(encoder(pixels(), frame=frame), encoder(pixels()))
+    encoder.pos_embed = nnx.Param(encoder.pos_embed[:, :, :6])
+    attn = encoder.blocks[1].attn  # the global one: offsets -7 to 7, of which -5 to 5 occur
+    attn.rel_pos_w = nnx.Param(attn.rel_pos_w[2:-2])
+    np.testing.assert_allclose(found, encoder(part), atol=1e-5)
+    with pytest.raises(ValueError, match=r"frame must hold the grid of \(8, 8\) tokens"):
+        encoder(pixels(), frame=(8, 6))
+
+
+def test_prompts_lie_in_the_frame(tmp_path):
+    """A decoder on a part of the frame embeds points and positions as the whole frame does."""
+    sam = Sam.from_pretrained(random_weights(tmp_path / "sam.safetensors"))
+    points, labels = jnp.array([[[[30.0, 40.0]]]]), jnp.array([[[1]]])
+    whole = sam.prompt_encoder.dense_position((8, 8))
+    embedding = sam.encode(pixels()[:1, :, :96], frame=(8, 8))
+    found = sam.decode(embedding, points, labels, frame=(8, 8))
+    tokens, dense = sam.prompt_encoder(points, labels, None, image_size=(128, 128), grid=(8, 6))
+    expected = sam.mask_decoder(
+        embedding.features, whole[:, :6], tokens, labels != -2, dense, multimask_output=True
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
