@@ -15,9 +15,11 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "benchmarks/results"
+CHANGELOG = "CHANGELOG.md"
 PAGES = {
-    "CHANGELOG.md": "changelog.md",
+    CHANGELOG: "changelog.md",
     "README.md": "index.md",
+    RESULTS: "benchmarks.md",
     "sparsesam_jax/methods": "reference/methods.md",
 }
 
@@ -26,24 +28,25 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the raw results, and the changelog as a page."""
     for path in sorted((ROOT / RESULTS).iterdir()):
         files.append(File.generated(config, f"{RESULTS}/{path.name}", abs_src_path=str(path)))
-    changelog = str(ROOT / "CHANGELOG.md")
-    files.append(File.generated(config, PAGES["CHANGELOG.md"], abs_src_path=changelog))
+    changelog = str(ROOT / CHANGELOG)
+    files.append(File.generated(config, PAGES[CHANGELOG], abs_src_path=changelog))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Point links to files of the repository at what the site has of them."""
     source = page.file.src_uri
-    folder = posixpath.join("docs", posixpath.dirname(source))
+    here = posixpath.dirname(source)
+    folder = "" if source == PAGES[CHANGELOG] else posixpath.join("docs", here)
 
     def link(match: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(folder, match[1]))
-        if target == RESULTS:
-            target = "benchmarks.md"
-        elif target in PAGES:
+        target = posixpath.normpath(posixpath.join(folder, match[1]))  # in the repository
+        if target in PAGES:
             target = PAGES[target]
+        elif target.startswith("docs/"):
+            target = target.removeprefix("docs/")
         elif not target.startswith(f"{RESULTS}/"):
             return match[0]
-        return f"]({posixpath.relpath(target, posixpath.dirname(source) or '.')})"
+        return f"]({posixpath.relpath(target, here or '.')}{match[2] or ''})"
 
-    return re.sub(r"\]\(((?:\.\./)+[^)#]+)\)", link, markdown)
+    return re.sub(r"\]\(([^)#:\s]+)(#[^)\s]*)?\)", link, markdown)
