@@ -11,17 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_files import TINY, save_meta
 from PIL import Image
+from test_cli import write_tiny
 
-torch = pytest.importorskip("torch")
-
-from checkpoint_files import TINY, save_meta  # noqa: E402
-from test_cli import write_tiny  # noqa: E402
-
-from sparsesam_jax import PRESETS, Sparsity  # noqa: E402
-from sparsesam_jax.checkpoints import convert_checkpoint, pretrained  # noqa: E402
-from sparsesam_jax.cli.app import main  # noqa: E402
-from sparsesam_jax.sparsity.work import encoder_work  # noqa: E402
+from sparsesam_jax import PRESETS, Sparsity
+from sparsesam_jax.checkpoints import convert_checkpoint, pretrained
+from sparsesam_jax.cli.app import main
+from sparsesam_jax.sparsity.work import encoder_work
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
