@@ -20,7 +20,7 @@ class Method(abc.ABC):
     """A training-free change of how the encoder's blocks are applied.
 
     Attributes:
-        density: Share of the work that is kept, in (0, 1); each method says which work.
+        density: Share of the work that is kept, in (0, 1]; each method says which work.
     """
 
     density: float
