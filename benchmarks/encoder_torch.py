@@ -20,8 +20,7 @@ from benchmarks.records import Record
 from benchmarks.timing import Spread, queued_ms, time_ms
 from benchmarks.torch_sam import ImageEncoder
 from sparsesam_jax.checkpoints import huggingface
-from sparsesam_jax.checkpoints.formats import Format, tensor_names
-from sparsesam_jax.checkpoints.rules import HUGGINGFACE_TIED, to_torch
+from sparsesam_jax.checkpoints.rules import HUGGINGFACE_TIED, Format, tensor_names, to_torch
 from sparsesam_jax.config import SamConfig, Sparsity
 
 

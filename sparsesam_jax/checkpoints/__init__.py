@@ -5,17 +5,30 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from sparsesam_jax.checkpoints.conversion import Dtype, convert_checkpoint
+    from sparsesam_jax.checkpoints.conversion import Dtype, convert_checkpoint, write_checkpoint
     from sparsesam_jax.checkpoints.errors import ConversionError
-    from sparsesam_jax.checkpoints.formats import Format
+    from sparsesam_jax.checkpoints.reading import Checkpoint, open_checkpoint
+    from sparsesam_jax.checkpoints.rules import Format
+    from sparsesam_jax.checkpoints.sources import locate
 
-__all__ = ["ConversionError", "Dtype", "Format", "convert_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "ConversionError",
+    "Dtype",
+    "Format",
+    "convert_checkpoint",
+    "locate",
+    "open_checkpoint",
+    "write_checkpoint",
+]
 
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "conversion": ["Dtype", "convert_checkpoint"],
+        "conversion": ["Dtype", "convert_checkpoint", "write_checkpoint"],
         "errors": ["ConversionError"],
-        "formats": ["Format"],
+        "reading": ["Checkpoint", "open_checkpoint"],
+        "rules": ["Format"],
+        "sources": ["locate"],
     },
 )

@@ -1,4 +1,4 @@
-"""Converts a checkpoint between Meta's, Hugging Face's and this project's format."""
+"""Writes checkpoints in Meta's, Hugging Face's and this project's format, and converts them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 
 from sparsesam_jax.checkpoints import huggingface, native, rules
 from sparsesam_jax.checkpoints.errors import ConversionError
-from sparsesam_jax.checkpoints.formats import Format, TensorName, config_of, format_of, tensor_names
 from sparsesam_jax.checkpoints.native import TensorSpec
-from sparsesam_jax.checkpoints.sources import Source, open_source
+from sparsesam_jax.checkpoints.reading import open_checkpoint
+from sparsesam_jax.checkpoints.rules import Format
 from sparsesam_jax.config import PRESETS, SamConfig
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -34,8 +34,8 @@ def convert_checkpoint(
     """Convert a checkpoint; every value keeps its bits unless `dtype` is given.
 
     Args:
-        src: Meta's or SAM-HQ's `.pth`, Hugging Face's safetensors (file, folder or index of
-            shards), or this project's safetensors. Its content says which.
+        src: What `open_checkpoint` takes: Meta's or SAM-HQ's `.pth`, Hugging Face's file, folder or
+            index of shards, or this project's safetensors.
         dst: What to write; a file that exists is replaced. Hugging Face's format is a folder, or
             the tensors alone where `dst` ends in `.safetensors`.
         to: Format of `dst`; None goes by its suffix (`.pth`, `.pt`: meta; `.safetensors`: native).
@@ -48,54 +48,96 @@ def convert_checkpoint(
 
     Raises:
         ConversionError: `src` is no intact checkpoint of SAM, or cannot become `dst`. The message
-            is one line and lists every tensor that is missing, unknown, duplicate or wrongly
-            shaped. Nothing is written.
+            is one line; it counts the tensors that are missing, unknown, duplicate or wrongly
+            shaped and names the first few. Nothing is written.
         OSError: A file cannot be read or written.
     """
-    src, dst = Path(src), Path(dst)
-    target_format = _target_format(dst, to)
-    if dtype is not None and dtype not in get_args(Dtype):
-        raise ConversionError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
-    try:
-        source = open_source(src)
-        source_format = format_of(src, source)
-        if config is None or source_format == "native":
-            found = config_of(src, source, source_format)
-            if config not in (None, found):
-                raise ConversionError(f"{src} must have the given config, but has {found}")
-            config = found
-        shapes = {key: spec.shape for key, spec in native.parameter_shapes(config).items()}
-    except ConversionError:
-        raise
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
-    names = tensor_names(shapes, source_format, config)
-    names |= _tied_name(source, source_format, names)
-    _check(src, source, config, names, shapes, dtype)
+    # Before anything is read: a wrong destination is said at once.
+    target_format(Path(dst), to, dtype)
+    dtypes = native.DTYPES if dtype is None else (*native.DTYPES, "float64")
+    checkpoint = open_checkpoint(src, config=config, dtypes=dtypes)
+    write_checkpoint(
+        dst,
+        checkpoint.config,
+        checkpoint.tensors,
+        checkpoint.load,
+        to=to,
+        dtype=dtype,
+        progress=progress,
+    )
+    return checkpoint.config
 
-    targets = tensor_names(shapes, target_format, config)
+
+def write_checkpoint(
+    dst: str | os.PathLike[str],
+    config: SamConfig,
+    parameters: Mapping[str, TensorSpec],
+    load: Callable[[str], np.ndarray],
+    *,
+    to: Format | None = None,
+    dtype: Dtype | None = None,
+    progress: bool = False,
+) -> None:
+    """Write a model's parameters in any format, whole or not at all.
+
+    Args:
+        dst: What to write, as for `convert_checkpoint`.
+        config: Shape of the model.
+        parameters: Shape and dtype of each of its parameters.
+        load: Returns the named parameter's array.
+        to: Format of `dst`; None goes by its suffix.
+        dtype: Dtype of all tensors; None keeps those of `parameters`.
+        progress: Whether to draw a progress bar on standard error.
+
+    Raises:
+        ConversionError: The format cannot have such a model or its values.
+        OSError: A file cannot be written.
+    """
+    dst = Path(dst)
+    file_format = target_format(dst, to, dtype)
+    targets = rules.tensor_names(parameters, file_format, config)
     key_of = {target.name: key for key, target in targets.items()}
     tensors = {
         target.name: TensorSpec(
-            rules.torch_shape(shapes[key], target.transform),
-            dtype or source.tensors[names[key].name].dtype,
+            rules.torch_shape(parameters[key].shape, target.transform),
+            dtype or parameters[key].dtype,
         )
         for key, target in targets.items()
     }
     with _progress_bar(progress, sum(spec.nbytes for spec in tensors.values())) as advance:
 
-        def load(target: str) -> np.ndarray:
-            name, transform = names[key_of[target]]
-            array = rules.to_jax(source.load(name), transform)
-            array = rules.to_torch(array, targets[key_of[target]].transform)
-            advance(tensors[target].nbytes)
-            return _cast(array, tensors[target].dtype, name)
+        def load_target(name: str) -> np.ndarray:
+            array = rules.to_torch(load(key_of[name]), targets[key_of[name]].transform)
+            advance(tensors[name].nbytes)
+            return cast(array, tensors[name].dtype, key_of[name])
 
-        _write(dst, target_format, config, tensors, load)
-    return config
+        _write(dst, file_format, config, tensors, load_target)
 
 
-def _target_format(dst: Path, to: Format | None) -> Format:
+def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """An array in another dtype.
+
+    Raises:
+        ConversionError: It has finite values that would become infinite.
+    """
+    if array.dtype.name == dtype:
+        return array
+    # Overflow is looked for below; a NaN stays one.
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = array.astype(dtype)
+    if not np.array_equal(np.isinf(result), np.isinf(array)):
+        raise ConversionError(f"{name} has values that {dtype} cannot hold")
+    return result
+
+
+def target_format(dst: Path, to: Format | None, dtype: str | None) -> Format:
+    """The format to write.
+
+    Raises:
+        ConversionError: An argument is none of its choices, or `dst` cannot be what is asked for.
+    """
+    if dtype is not None and dtype not in get_args(Dtype):
+        raise ConversionError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}")
     if to is not None and to not in get_args(Format):
         raise ConversionError(f"to must be one of {', '.join(get_args(Format))}, got {to!r}")
     target = to or _FORMAT_OF_SUFFIX.get(dst.suffix)
@@ -111,67 +153,6 @@ def _target_format(dst: Path, to: Format | None) -> Format:
         expected, got = ("folder", "file") if is_folder else ("file", "folder")
         raise ConversionError(f"{dst} must be a {expected} in this format, but is a {got}")
     return target
-
-
-def _tied_name(
-    source: Source, source_format: Format, names: Mapping[str, TensorName]
-) -> dict[str, TensorName]:
-    """The positional embedding's other name, where a Hugging Face file has only that."""
-    first, second = rules.HUGGINGFACE_TIED
-    if source_format != "huggingface" or first in source.tensors or second not in source.tensors:
-        return {}
-    return {key: TensorName(second, "same") for key, name in names.items() if name.name == first}
-
-
-def _check(
-    src: Path,
-    source: Source,
-    config: SamConfig,
-    names: Mapping[str, TensorName],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: Dtype | None,
-) -> None:
-    expected = {
-        name.name: rules.torch_shape(shapes[key], name.transform) for key, name in names.items()
-    }
-    # float64 has no place in the target, but may be the source of a smaller dtype.
-    dtypes = native.DTYPES if dtype is None else (*native.DTYPES, "float64")
-    found = dict(source.tensors)
-    first, second = rules.HUGGINGFACE_TIED
-    unequal = []
-    if first in expected and second in found:
-        spec = found.pop(second)
-        if first in found and spec.dtype in dtypes:
-            same = found[first] == spec and _bits(source, first) == _bits(source, second)
-            unequal = [] if same else [f"{first} and {second}"]
-    problems = native.mismatches(expected, found, dtypes) + native.list_problems(
-        {**source.problems, "tied but unequal": unequal}
-    )
-    if source.huggingface_config is not None:
-        problems += native.list_problems(
-            {
-                f"different in {huggingface.CONFIG_NAME}": huggingface.differences(
-                    source.huggingface_config, config
-                )
-            }
-        )
-    if problems:
-        raise ConversionError(f"{src} does not fit the model that it seems: {'; '.join(problems)}")
-
-
-def _bits(source: Source, name: str) -> bytes:
-    return source.load(name).tobytes()
-
-
-def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    if array.dtype.name == dtype:
-        return array
-    # Overflow is looked for below; a NaN stays one.
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = array.astype(dtype)
-    if not np.array_equal(np.isinf(cast), np.isinf(array)):
-        raise ConversionError(f"{name} has values that {dtype} cannot hold")
-    return cast
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""What Hugging Face's SamModel and SamHQModel have beside tensors: config.json and folders."""
+"""What Hugging Face's SamModel and SamHQModel have beside tensors: their folders' JSON files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from sparsesam_jax.checkpoints.native import TensorSpec, write_safetensors
 from sparsesam_jax.checkpoints.recognise import Hints
 from sparsesam_jax.checkpoints.sources import CONFIG_NAME, INDEX_NAME, MODEL_NAME
 from sparsesam_jax.config import SamConfig
+
+PREPROCESSOR_NAME = "preprocessor_config.json"
 
 _MODEL_TYPES = ("sam", "sam_hq")
 # Transformers refuses a safetensors file without it.
@@ -73,6 +75,28 @@ def describe(config: SamConfig) -> dict[str, Any]:
         "mask_decoder_config": decoder | ({"vit_dim": encoder.embed_dim} if config.hq else {}),
         "prompt_encoder_config": prompt,
         "vision_config": vision,
+    }
+
+
+def describe_preprocessing(config: SamConfig) -> dict[str, Any]:
+    """The preprocessor_config.json that makes transformers prepare photos for the model."""
+    side, low = config.image_encoder.image_size, 4 * config.image_encoder.grid_size
+    return {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_processor_type": "SamImageProcessor",
+        "image_std": [0.229, 0.224, 0.225],
+        "mask_pad_size": {"height": low, "width": low},
+        "mask_size": {"longest_edge": low},
+        "pad_size": {"height": side, "width": side},
+        "processor_class": "SamHQProcessor" if config.hq else "SamProcessor",
+        "resample": 2,  # bilinear, in Pillow's count
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": side},
     }
 
 
@@ -144,15 +168,23 @@ def write(
     made = not path.exists()
     path.mkdir(exist_ok=True)
     try:
-        # Both get their names only when both are whole.
-        with atomic_path(path / CONFIG_NAME) as temporary:
-            temporary.write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
+        # All get their names only when all are whole.
+        with (
+            atomic_path(path / CONFIG_NAME) as model,
+            atomic_path(path / PREPROCESSOR_NAME) as preprocessor,
+        ):
+            _write_json(model, describe(config))
+            _write_json(preprocessor, describe_preprocessing(config))
             write_safetensors(path / MODEL_NAME, _METADATA, tensors, load)
     except BaseException:
         if made:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _section(huggingface_config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -12,17 +12,18 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors relies on)
 import numpy as np
 import safetensors
-from flax import nnx
 
 from sparsesam_jax.checkpoints.atomic import atomic_path
+from sparsesam_jax.checkpoints.errors import few, list_problems, one_line
 from sparsesam_jax.config import SamConfig
-from sparsesam_jax.model.sam import SamModel
+
+if TYPE_CHECKING:
+    import jax
 
 FORMAT = "sparsesam_jax"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -61,6 +62,12 @@ def parameter_shapes(config: SamConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 @functools.lru_cache(maxsize=16)
 def _parameter_shapes(config: SamConfig) -> tuple[tuple[str, jax.ShapeDtypeStruct], ...]:
+    # Imported here, where a checkpoint is found to be one: a broken file is said at once.
+    import jax
+    from flax import nnx
+
+    from sparsesam_jax.model.sam import SamModel
+
     model = SamModel.abstract(config)
     return tuple(
         (".".join(map(str, path)), jax.ShapeDtypeStruct(variable.shape, variable.dtype))
@@ -86,7 +93,7 @@ def read(path: str | os.PathLike[str]) -> tuple[SamConfig, dict[str, np.ndarray]
     config = config_of(path, metadata)
     wrong = [f"{name}: {spec.dtype}" for name, spec in tensors.items() if spec.dtype not in DTYPES]
     if wrong:
-        raise ValueError(f"{path} must have tensors of {', '.join(DTYPES)}, got {', '.join(wrong)}")
+        raise ValueError(f"{path} must have tensors of {', '.join(DTYPES)}, got {few(wrong)}")
     return config, {name: load_tensor(path, name) for name in tensors}
 
 
@@ -150,7 +157,7 @@ def mismatches(
         dtypes: The dtypes that will do.
 
     Returns:
-        One text for each kind of problem, each naming all tensors concerned; empty if all fit.
+        One text for each kind of problem: how many tensors, and the first few; empty if all fit.
     """
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
@@ -169,11 +176,6 @@ def mismatches(
             ],
         }
     )
-
-
-def list_problems(problems: Mapping[str, list[str]]) -> list[str]:
-    """One text for each kind of problem that occurs: "2 missing (a, b)"."""
-    return [f"{len(what)} {kind} ({', '.join(what)})" for kind, what in problems.items() if what]
 
 
 def inspect(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, TensorSpec]]:
@@ -256,8 +258,4 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[safetensors.safe_open]:
         with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
             yield file
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no intact safetensors file: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise ValueError(f"{path} is no intact safetensors file: {one_line(error)}") from error

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from importlib.resources import files
-from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax.checkpoints import native
-from sparsesam_jax.config import Sparsity
+from sparsesam_jax.checkpoints.conversion import Dtype, cast, write_checkpoint
+from sparsesam_jax.checkpoints.errors import few
+from sparsesam_jax.checkpoints.native import TensorSpec
+from sparsesam_jax.checkpoints.reading import open_checkpoint
+from sparsesam_jax.checkpoints.rules import Format
+from sparsesam_jax.checkpoints.sources import locate
+from sparsesam_jax.config import SamConfig, Sparsity
 from sparsesam_jax.model.sam import SamModel
-
-EMBEDDED_WEIGHTS = ("vit_t",)
 
 
 class Sam(SamModel):
@@ -32,25 +35,34 @@ class Sam(SamModel):
         param_dtype: DTypeLike | None = None,
         residual_dtype: DTypeLike | None = None,
         implementation: Implementation = "auto",
+        config: SamConfig | None = None,
+        check_finite: bool = True,
     ) -> Self:
-        """Load converted weights.
+        """Load weights of any format, converted in memory where it is not this project's.
 
         Args:
-            name_or_path: `"vit_t"`, the embedded default, or a file that `sparsesam convert` wrote.
+            name_or_path: `"vit_t"`, the embedded default, or a checkpoint: this project's
+                safetensors, Meta's or SAM-HQ's `.pth`, or Hugging Face's folder, file or index of
+                shards. PyTorch is needed for pickles only (`.pth`, `.bin`).
             sparsity: What the image encoder keeps; None is dense, SAM exactly.
             dtype: Compute dtype.
             param_dtype: Dtype of the parameters; None is the compute dtype.
             residual_dtype: As for `Sam`.
             implementation: As for `Sam`.
+            config: The model's shape, for a checkpoint whose tensors do not tell it.
+            check_finite: Whether weights with a NaN or an infinity are an error.
 
         Raises:
-            ValueError: The file is missing or holds no converted weights, an argument is none of
-                its choices, or the sparsity does not fit the model.
+            ValueError: The checkpoint is missing or not one of SAM, its values are not finite or do
+                not fit `param_dtype`, an argument is none of its choices, or the sparsity does not
+                fit the model.
         """
         path = locate(name_or_path)
-        config, arrays = native.read(path)
+        # The parameters are made another dtype here in any case.
+        dtypes = (*native.DTYPES, "float64")
+        checkpoint = open_checkpoint(path, config=config, dtypes=dtypes)
         abstract = cls.abstract(
-            config,
+            checkpoint.config,
             sparsity=sparsity,
             dtype=dtype,
             param_dtype=dtype if param_dtype is None else param_dtype,
@@ -58,34 +70,71 @@ class Sam(SamModel):
             implementation=implementation,
         )
         graphdef, state = nnx.split(abstract)
-        leaves = {".".join(map(str, key)): (key, leaf) for key, leaf in nnx.to_flat_state(state)}
-        problems = native.mismatches(
-            {name: leaf.shape for name, (_, leaf) in leaves.items()},
-            {name: native.TensorSpec(a.shape, a.dtype.name) for name, a in arrays.items()},
-        )
-        if problems:
+        loaded, not_finite = [], []
+        for key, leaf in nnx.to_flat_state(state):
+            name = _name(key)
+            array = cast(checkpoint.load(name), leaf.dtype.name, name)
+            if check_finite and not np.isfinite(array).all():
+                not_finite.append(name)
+            # A copy: what a checkpoint loads may be a view of its file.
+            loaded.append((key, leaf.replace(jnp.array(array))))
+        if not_finite:
             raise ValueError(
-                f"{path} must hold the parameters of its config: {'; '.join(problems)}"
+                f"{path} must have finite weights, got NaN or infinity in {few(not_finite)}; "
+                "check_finite=False loads them as they are"
             )
-        loaded = [
-            (key, leaf.replace(jnp.asarray(arrays[name], leaf.dtype)))
-            for name, (key, leaf) in leaves.items()
-        ]
         return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: Format | None = None,
+        dtype: Dtype | None = None,
+    ) -> None:
+        """Write the weights, whole or not at all: for `from_pretrained`, PyTorch or transformers.
 
-def locate(name_or_path: str | os.PathLike[str]) -> Path:
-    """The file of converted weights that a name or a path means.
+        Sparsity and compute dtype are no part of a checkpoint.
 
-    Raises:
-        ValueError: It is neither the name of embedded weights nor an existing file.
-    """
-    if name_or_path in EMBEDDED_WEIGHTS:
-        return Path(str(files("sparsesam_jax") / "weights" / f"{name_or_path}.safetensors"))
-    path = Path(name_or_path)
-    if not path.is_file():
-        raise ValueError(
-            f"weights must be one of the embedded ({', '.join(EMBEDDED_WEIGHTS)}) or a file that "
-            f"`sparsesam convert` wrote, got {os.fspath(name_or_path)!r}, which is neither"
+        Args:
+            path: What to write; a file that exists is replaced. Hugging Face's format is a folder,
+                or the tensors alone where `path` ends in `.safetensors`.
+            format: `"native"` (this project's), `"meta"` (a `.pth` for Meta's or SAM-HQ's code) or
+                `"huggingface"`; None goes by the suffix (`.pth`, `.pt`: meta; `.safetensors`:
+                native).
+            dtype: Dtype of all tensors; None keeps those of the parameters.
+
+        Raises:
+            ValueError: The model has other parameters than its configuration says, for instance
+                because layers were replaced, the format cannot have such a model, or `dtype` not
+                such values.
+            OSError: A file cannot be written.
+        """
+        leaves = {_name(key): leaf for key, leaf in nnx.to_flat_state(nnx.state(self))}
+        found = {name: _spec(leaf.get_value()) for name, leaf in leaves.items()}
+        shapes = native.parameter_shapes(self.config)
+        problems = native.mismatches({key: spec.shape for key, spec in shapes.items()}, found)
+        if problems:
+            raise ValueError(
+                "the model must have the parameters that its config says, but has "
+                f"{'; '.join(problems)}; a layer that was replaced, as by LoRA, must be merged "
+                "into SAM's own first"
+            )
+        write_checkpoint(
+            path,
+            self.config,
+            {name: found[name] for name in shapes},
+            lambda name: np.asarray(leaves[name].get_value()),
+            to=format,
+            dtype=dtype,
         )
-    return path
+
+
+def _name(key: tuple[Any, ...]) -> str:
+    return ".".join(map(str, key))
+
+
+def _spec(value: Any) -> TensorSpec:
+    """Shape and dtype; of what is no array, such as a counter, its type."""
+    dtype = getattr(value, "dtype", type(value).__name__)
+    return TensorSpec(tuple(getattr(value, "shape", ())), str(dtype))

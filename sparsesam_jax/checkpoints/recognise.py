@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
-from sparsesam_jax.checkpoints.errors import ConversionError
+from sparsesam_jax.checkpoints.errors import CONFIG_HINT, ConversionError
 from sparsesam_jax.checkpoints.rules import matches, numbers
 from sparsesam_jax.config import ImageEncoderConfig, SamConfig
 
@@ -85,7 +85,7 @@ def recognise(shapes: Shapes, hints: Hints | None = None) -> SamConfig:
     if size["embed_dim"] % size["head_dim"]:
         raise ConversionError(
             f"the number of heads cannot be told: width {size['embed_dim']} is no multiple of the "
-            f"relative positions' width {size['head_dim']}"
+            f"relative positions' width {size['head_dim']}; {CONFIG_HINT}"
         )
     window_size, global_blocks = hints.attention or _attention(lengths, size["grid"])
     try:
@@ -112,7 +112,7 @@ def recognise(shapes: Shapes, hints: Hints | None = None) -> SamConfig:
             hq=any(name.startswith(_HQ) for name in shapes),
         )
     except ValueError as error:
-        raise ConversionError(f"the shapes fit no model: {error}") from error
+        raise ConversionError(f"the shapes fit no model: {error}; {CONFIG_HINT}") from error
 
 
 def _vote(shapes: Shapes, name: str) -> int:
@@ -165,7 +165,7 @@ def _attention(lengths: dict[int, list[int]], grid: int) -> tuple[int, tuple[int
     if global_blocks:
         raise ConversionError(
             f"the shapes are ambiguous: all relative positions have {2 * grid - 1} rows, so blocks "
-            f"may attend globally or in windows of {grid}; give the configuration"
+            f"may attend globally or in windows of {grid}; {CONFIG_HINT}"
         )
     return 14, ()
 

@@ -12,8 +12,14 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+from sparsesam_jax.checkpoints.errors import ConversionError
+from sparsesam_jax.config import SamConfig
+
+Format = Literal["native", "meta", "huggingface"]
 
 # A transform is the order that transposes PyTorch's axes to JAX's; `same` leaves them.
 TRANSFORMS: dict[str, tuple[int, ...] | None] = {
@@ -37,6 +43,13 @@ class Rule:
     source: str
     target: str
     transform: str = "same"
+
+
+class TensorName(NamedTuple):
+    """A parameter's name in a format, and the transform that leads from there to JAX's layout."""
+
+    name: str
+    transform: str
 
 
 def forward(rules: Iterable[Rule], name: str) -> tuple[str, str] | None:
@@ -267,3 +280,54 @@ def huggingface_rules(iou_head_depth: int) -> tuple[Rule, ...]:
         *_rename_all("mask_decoder.encoder_", "mask_decoder.embedding_encoder.", _ENDS),
         *_rename_all("mask_decoder.mask_", "mask_decoder.embedding_maskfeature.", _ENDS),
     )
+
+
+def tensor_names(
+    parameters: Iterable[str], file_format: Format, config: SamConfig
+) -> dict[str, TensorName]:
+    """Parameter -> its name in a format.
+
+    Raises:
+        ConversionError: The format cannot express such a model.
+    """
+    if file_format == "native":
+        return {key: TensorName(key, "same") for key in parameters}
+    names = {key: _source_of(META_RULES, key) for key in parameters}
+    if file_format == "meta":
+        return names
+    if config.iou_head_depth < 2:
+        raise ConversionError(
+            "Hugging Face's model has at least 2 layers in its mask-quality head, "
+            f"got iou_head_depth={config.iou_head_depth}"
+        )
+    renames = huggingface_rules(config.iou_head_depth)
+    return {
+        key: TensorName(_source_of(renames, meta.name).name, meta.transform)
+        for key, meta in names.items()
+    }
+
+
+def prefix_of(name: str) -> str | None:
+    """What stands before a parameter's name in Meta's or Hugging Face's format; None without one.
+
+    "model.mask_decoder.iou_token.weight" has "model.", and "mask_decoder.iou_token.weight" "".
+    """
+    match = _ends_in_parameter().search(name)
+    return None if match is None else name[: match.start("name")]
+
+
+def _source_of(table: Iterable[Rule], name: str) -> TensorName:
+    found = backward(table, name)
+    if found is None:
+        raise ConversionError(f"no rule converts {name}")
+    return TensorName(*found)
+
+
+@functools.cache
+def _ends_in_parameter() -> re.Pattern[str]:
+    # Meta's rules cover the layers between the ends of a mask-quality head of any depth.
+    templates = {rule.source for rule in (*META_RULES, *huggingface_rules(3))}
+    patterns = (
+        _pattern(template).pattern for template in (*sorted(templates), HUGGINGFACE_TIED[1])
+    )
+    return re.compile(rf"(?:^|\.)(?P<name>{'|'.join(patterns)})\Z")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,43 +15,59 @@ import numpy as np
 from sparsesam_jax.checkpoints.atomic import atomic_path
 from sparsesam_jax.checkpoints.errors import ConversionError
 from sparsesam_jax.checkpoints.native import TensorSpec
+from sparsesam_jax.checkpoints.wrapping import Entry
 
 if TYPE_CHECKING:
     import torch
 
-# Keys under which training code wraps a state dict.
-_WRAPPERS = ("model", "state_dict", "model_state_dict")
-# DistributedDataParallel puts it before every name.
-_PREFIX = "module."
-# Constants of the preprocessing that some files carry along.
-_IGNORED = ("pixel_mean", "pixel_std")
 # The pages of a mapped file stay in memory once read, so that it is mapped anew from time to time.
 _REMAP_BYTES = 64 * 2**20
 
 
 class TorchSource:
-    """A state dict in a PyTorch checkpoint file, mapped into memory instead of read whole."""
+    """The tensors in a PyTorch checkpoint file, mapped into memory instead of read whole.
+
+    Dicts may be nested: a tensor's name has the keys that lead to it, joined by dots.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         _check_archive(path)
-        self._state, duplicates = _state_dict(path)
+        self._content = _load(path)
         self._loaded_bytes = 0
-        partial = [name for name, value in self._state.items() if not _is_whole(value)]
-        if partial:
-            raise ConversionError(f"{path} does not hold all values of {', '.join(partial)}")
-        self.tensors = {name: _spec(value) for name, value in self._state.items()}
+        self._keys: dict[str, Entry] = {}
+        self.tensors: dict[str, TensorSpec] = {}
+        self.entries: dict[Entry, list[str]] = {}
+        self.beside: list[Entry] = []
         self.metadata: dict[str, str] = {}
-        self.huggingface_config = None
-        self.problems = {"duplicate": duplicates}
+        duplicates, partial = [], []
+        self.problems = {"named twice": duplicates, "without all their values": partial}
+        torch = _import_torch()
+        if not isinstance(self._content, dict):
+            raise ConversionError(f"{path} holds no state dict")
+        for entry, key, value in _leaves(self._content):
+            name = ".".join(map(str, (*entry, key)))
+            if not isinstance(value, torch.Tensor):
+                self.beside.append((*map(str, entry), str(key)))
+            elif name in self.tensors:
+                duplicates.append(name)
+            else:
+                self._keys[name] = (*entry, key)
+                self.tensors[name] = _spec(value)
+                self.entries.setdefault(tuple(map(str, entry)), []).append(name)
+                if not _is_whole(value):
+                    partial.append(name)
 
     def load(self, name: str) -> np.ndarray:
         """The values of one tensor; a view of the mapped file where it can be one."""
         self._loaded_bytes += self.tensors[name].nbytes
         if self._loaded_bytes > _REMAP_BYTES:
             self._loaded_bytes = 0
-            self._state, _ = _state_dict(self._path)
-        return _to_numpy(self._state[name])
+            self._content = _load(self._path)
+        value = self._content
+        for key in self._keys[name]:
+            value = value[key]
+        return _to_numpy(value)
 
 
 def write(path: Path, tensors: Mapping[str, TensorSpec], load: Callable[[str], np.ndarray]) -> None:
@@ -73,7 +90,7 @@ def _import_torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ConversionError("a .pth file needs PyTorch: pip install torch") from error
+        raise ConversionError("PyTorch's checkpoints need PyTorch: pip install torch") from error
     return torch
 
 
@@ -93,33 +110,21 @@ def _check_archive(path: Path) -> None:
         raise ConversionError(f"{path} is corrupt: {error}") from error
 
 
-def _state_dict(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The tensors by name without prefixes, and the names that occur twice then."""
-    state = _load(path)
-    # Bounded, as a pickle can make a dict contain itself.
-    for _ in range(len(_WRAPPERS)):
-        wrapped = [key for key in _WRAPPERS if _is_dict_at(state, key)]
-        if len(wrapped) > 1:
-            raise ConversionError(f"{path} has several state dicts: {', '.join(wrapped)}")
-        if wrapped:
-            state = state[wrapped[0]]
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise ConversionError(f"{path} holds no state dict")
-    named: dict[str, Any] = {}
-    duplicates = []
-    for key, value in state.items():
-        name = key
-        while name.startswith(_PREFIX):
-            name = name.removeprefix(_PREFIX)
-        if name in named:
-            duplicates.append(name)
-        elif name not in _IGNORED:
-            named[name] = value
-    return named, duplicates
+def _leaves(content: dict[Any, Any]) -> Iterator[tuple[Entry, Any, Any]]:
+    """Keys of the dict, key in it and value of all that is no dict, the outermost dict first.
 
-
-def _is_dict_at(state: Any, key: str) -> bool:
-    return isinstance(state, dict) and isinstance(state.get(key), dict)
+    Each dict is looked into once, as a pickle can make one contain itself.
+    """
+    seen = {id(content)}
+    waiting: deque[tuple[Entry, dict[Any, Any]]] = deque([((), content)])
+    while waiting:
+        entry, dictionary = waiting.popleft()
+        for key, value in dictionary.items():
+            if not isinstance(value, dict):
+                yield entry, key, value
+            elif id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(((*entry, key), value))
 
 
 def _load(path: Path) -> Any:
@@ -144,23 +149,18 @@ def _load(path: Path) -> Any:
         ) from error
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: torch.Tensor) -> bool:
     """Whether every value of a tensor is in the file: not sparse, not meta, not expanded.
 
     A few bytes can pose as a tensor of any size by strides of 0.
     """
     torch = _import_torch()
-    if not isinstance(value, torch.Tensor):
-        return True
     if value.layout != torch.strided or value.device.type != "cpu":
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-def _spec(value: Any) -> TensorSpec:
-    torch = _import_torch()
-    if not isinstance(value, torch.Tensor):
-        return TensorSpec((), type(value).__name__)
+def _spec(value: torch.Tensor) -> TensorSpec:
     return TensorSpec(tuple(value.shape), str(value.dtype).removeprefix("torch."))
 
 

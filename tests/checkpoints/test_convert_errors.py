@@ -302,7 +302,8 @@ def test_safetensors_need_no_torch_in_either_direction(tmp_path: Path):
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert run.stdout == "a .pth file needs PyTorch: pip install torch\n", run.stderr
+    expected = "a.pth: PyTorch's checkpoints need PyTorch: pip install torch\n"
+    assert run.stdout == expected, run.stderr
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
