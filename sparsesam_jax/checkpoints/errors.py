@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 CONFIG_HINT = "give the model's configuration (config, or --config of `sparsesam convert`)"
 
@@ -25,6 +25,6 @@ def few(texts: Iterable[str]) -> str:
     return ", ".join(texts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def list_problems(problems: Mapping[str, list[str]]) -> list[str]:
+def list_problems(problems: Mapping[str, Sequence[str]]) -> list[str]:
     """One text for each kind of problem that occurs: "2 missing (a, b)"."""
     return [f"{len(what)} {kind} ({few(what)})" for kind, what in problems.items() if what]

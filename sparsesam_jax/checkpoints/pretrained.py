@@ -35,6 +35,7 @@ class Sam(SamModel):
         param_dtype: DTypeLike | None = None,
         residual_dtype: DTypeLike | None = None,
         implementation: Implementation = "auto",
+        remat: bool = False,
         config: SamConfig | None = None,
         check_finite: bool = True,
     ) -> Self:
@@ -49,6 +50,7 @@ class Sam(SamModel):
             param_dtype: Dtype of the parameters; None is the compute dtype.
             residual_dtype: As for `Sam`.
             implementation: As for `Sam`.
+            remat: As for `Sam`.
             config: The model's shape, for a checkpoint whose tensors do not tell it.
             check_finite: Whether weights with a NaN or an infinity are an error.
 
@@ -68,6 +70,7 @@ class Sam(SamModel):
             param_dtype=dtype if param_dtype is None else param_dtype,
             residual_dtype=residual_dtype,
             implementation=implementation,
+            remat=remat,
         )
         graphdef, state = nnx.split(abstract)
         loaded, not_finite = [], []

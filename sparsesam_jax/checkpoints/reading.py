@@ -73,17 +73,26 @@ def open_checkpoint(
     """
     path = Path(path)
     try:
-        return _open(path, config, dtypes)
+        source, config_path = open_source(path)
+        return _checked(path, source, config_path, config, dtypes)
     except ValueError as error:
         text = str(error)
-        raise ConversionError(text if str(path) in text else f"{path}: {text}") from error
+        named = text if text.startswith(str(path)) else f"{path}: {text}"
+        raise ConversionError(named) from error
 
 
-def _open(path: Path, config: SamConfig | None, dtypes: Sequence[str]) -> Checkpoint:
-    source, config_path = open_source(path)
-    is_native = source.metadata.get("format") == native.FORMAT
-    unwrapped = _as_it_is(source) if is_native else unwrap(source.entries, source.beside)
-    file_format = "native" if is_native else _format_of(unwrapped.names)
+def _checked(
+    path: Path,
+    source: Source,
+    config_path: Path | None,
+    config: SamConfig | None,
+    dtypes: Sequence[str],
+) -> Checkpoint:
+    if source.metadata.get("format") == native.FORMAT:
+        file_format, unwrapped = "native", Unwrapped({name: name for name in source.tensors})
+    else:
+        unwrapped = unwrap(source.entries, source.beside)
+        file_format = _format_of(unwrapped.names)
     names, unequal, theirs = dict(unwrapped.names), [], None
     if file_format == "huggingface":
         names, unequal = _untied(source, names, dtypes)
@@ -112,13 +121,13 @@ def _open(path: Path, config: SamConfig | None, dtypes: Sequence[str]) -> Checkp
     )
     remarks = _remarks(unwrapped)
     if problems:
-        read = "".join(f", read {remark}," for remark in remarks)
+        read = f", read {' and '.join(remarks)}," if remarks else ""
         hints = _hints(expected, found, config)
         raise ConversionError(
             f"{path}{read} does not fit the model that it seems: {'; '.join(problems + hints)}"
         )
     if remarks:
-        _log.warning("%s: read %s", path, "; ".join(remarks))
+        _log.warning("%s is read %s", path, " and ".join(remarks))
     return Checkpoint(
         path=path,
         format=file_format,
@@ -134,10 +143,6 @@ def _open(path: Path, config: SamConfig | None, dtypes: Sequence[str]) -> Checkp
             key: TensorName(names[name], transform) for key, (name, transform) in wanted.items()
         },
     )
-
-
-def _as_it_is(source: Source) -> Unwrapped:
-    return Unwrapped({name: name for name in source.tensors}, [], [], [])
 
 
 def _format_of(names: Iterable[str]) -> Format:

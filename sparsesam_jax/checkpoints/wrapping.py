@@ -30,9 +30,9 @@ class Unwrapped:
     """
 
     names: Mapping[str, str]
-    duplicates: list[str]
-    stripped: list[str]
-    left_out: list[str]
+    duplicates: Sequence[str] = ()
+    stripped: Sequence[str] = ()
+    left_out: Sequence[str] = ()
 
 
 def unwrap(entries: Mapping[Entry, Sequence[str]], beside: Sequence[Entry] = ()) -> Unwrapped:
