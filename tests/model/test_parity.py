@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -22,8 +26,7 @@ from sparsesam_jax import (  # noqa: E402
     SamConfig,
     SamPredictor,
 )
-from sparsesam_jax.checkpoints import convert_checkpoint, native  # noqa: E402
-from sparsesam_jax.checkpoints.pretrained import locate  # noqa: E402
+from sparsesam_jax.checkpoints import convert_checkpoint, locate  # noqa: E402
 from sparsesam_jax.model.transforms import resized_shape  # noqa: E402
 
 # Meta's decoder has torch's LayerNorm epsilon; transformers takes its configuration's.
@@ -32,9 +35,8 @@ DECODER_EPSILON = 1e-5
 
 def torch_model(path: Path, folder: Path) -> transformers.SamModel:
     """transformers' model of the same weights."""
-    convert_checkpoint(path, folder, to="huggingface", dtype="float32")
-    hq = native.read(path)[0].hq
-    kind = transformers.SamHQModel if hq else transformers.SamModel
+    config = convert_checkpoint(path, folder, to="huggingface", dtype="float32")
+    kind = transformers.SamHQModel if config.hq else transformers.SamModel
     model, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for module in model.mask_decoder.transformer.modules():
@@ -62,12 +64,20 @@ def torch_pixels(image: np.ndarray, size: int) -> torch.Tensor:
     return processor(image, return_tensors="pt")["pixel_values"]
 
 
+def to_image(
+    logits: torch.Tensor, size: int, resized: tuple[int, int], original: tuple[int, int]
+) -> torch.Tensor:
+    """SAM's postprocessing: low-resolution logits at the image's size."""
+    resize = partial(torch.nn.functional.interpolate, mode="bilinear", align_corners=False)
+    return resize(resize(logits, (size, size))[..., : resized[0], : resized[1]], original)
+
+
 def check_pipeline(
     path: Path, folder: Path, image: np.ndarray, multimask_outputs: tuple[bool, ...] = (False, True)
 ) -> None:
     """Encoder, and masks through SamPredictor, for a box and for points with a mask input."""
-    size = native.read(path)[0].image_encoder.image_size
     sam, model = Sam.from_pretrained(path), torch_model(path, folder)
+    size = sam.config.image_encoder.image_size
     predictor = SamPredictor(sam)
     predictor.set_image(image)
     pixels = torch_pixels(image, size)
@@ -106,12 +116,7 @@ def check_pipeline(
                     input_masks=None if mask_input is None else torch.tensor(mask_input)[None],
                     **prompt,
                 )
-                expected = torch.nn.functional.interpolate(
-                    out.pred_masks[0], (size, size), mode="bilinear", align_corners=False
-                )[..., : resized[0], : resized[1]]
-                expected = torch.nn.functional.interpolate(
-                    expected, (height, width), mode="bilinear", align_corners=False
-                )[0].numpy()
+                expected = to_image(out.pred_masks[0], size, resized, (height, width))[0].numpy()
             # 1e-3: two dozen float32 layers, summed in another order by another library.
             assert relative_difference(low_res, out.pred_masks[0, 0].numpy()) <= 1e-3
             assert np.abs(iou - out.iou_scores[0, 0].numpy()).max() <= 1e-3
@@ -193,3 +198,51 @@ def test_sam_hq(tmp_path: Path):
             # transformers returns all proposals, the best first; SAM-HQ's own code the best alone.
             assert relative_difference(low_res, out.pred_masks[0, 0, :1].numpy()) <= 1e-3
             assert np.abs(iou - out.iou_scores[0, 0, :1].numpy()).max() <= 1e-3
+
+
+def tuned_sam(path: Path) -> Sam:
+    """A small model after one step of gradient descent on all its parameters."""
+    sam = Sam.from_pretrained(random_weights(path))
+    size = sam.config.image_encoder.image_size
+    images = jnp.asarray(np.random.default_rng(1).integers(0, 256, (1, size, size, 3), np.uint8))
+    points = jnp.array([[[[20.0, 20.0], [90.0, 100.0]]]])
+    labels = jnp.array([[[2, 3]]])
+
+    def loss(model: Sam) -> jax.Array:
+        logits = model(images, points, labels, return_logits=True).masks
+        return jax.nn.softplus(-logits).mean()
+
+    gradients = nnx.jit(nnx.grad(loss))(sam)
+    parameters = nnx.state(sam, nnx.Param)
+    # So far that no parameter with a gradient is what it was.
+    nnx.update(sam, jax.tree.map(lambda value, slope: value - 0.05 * slope, parameters, gradients))
+    return sam
+
+
+def test_a_tuned_model_gives_the_same_masks_in_pytorch(tmp_path: Path):
+    """`save_pretrained` to Meta's file, and that in PyTorch: not one pixel differs."""
+    sam = tuned_sam(tmp_path / "before.safetensors")
+    size = sam.config.image_encoder.image_size
+    sam.save_pretrained(tmp_path / "tuned.pth")
+    model = torch_model(tmp_path / "tuned.pth", tmp_path / "hf")
+    image = data.rocket()[:, :300]
+    height, width = image.shape[:2]
+    resized = resized_shape(height, width, size)
+    predictor = SamPredictor(sam)
+    predictor.set_image(image)
+    box = np.array([40.0, 30.0, 220.0, 280.0])
+    scale = np.tile([resized[1] / width, resized[0] / height], 2)
+    with torch.inference_mode():
+        out = model(
+            pixel_values=torch_pixels(image, size),
+            input_boxes=torch.tensor((box * scale)[None, None]).float(),
+            multimask_output=True,
+        )
+        expected = to_image(out.pred_masks[0], size, resized, (height, width))[0].numpy() > 0
+    masks, _, _ = predictor.predict(box=box)
+    assert masks.shape == expected.shape == (3, height, width)
+    assert (masks != expected).sum() == 0
+    assert all(0.02 < mask.mean() < 0.98 for mask in masks)
+    before = SamPredictor(Sam.from_pretrained(tmp_path / "before.safetensors"))
+    before.set_image(image)
+    assert (before.predict(box=box)[0] != masks).mean() > 0.01
