@@ -153,15 +153,23 @@ def native_of(name: str, shape: Shape) -> tuple[str, tuple[int, ...]]:
 
 
 def meta_state(
-    config: SamConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0
+    config: SamConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    finite: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """A state dict of random bits: infinities and NaNs included, which must survive as they are."""
+    """A state dict of random bits.
+
+    Infinities and NaNs are among them, which must survive as they are, unless `finite` is asked.
+    """
     rng = np.random.default_rng(seed)
     state = {}
     for name, shape in meta_shapes(config).items():
         size = int(np.prod(shape)) * dtype.itemsize
         bits = np.frombuffer(rng.bytes(size), np.uint8).copy()
-        state[name] = torch.from_numpy(bits).view(dtype).reshape(shape)
+        tensor = torch.from_numpy(bits).view(dtype).reshape(shape)
+        state[name] = torch.nan_to_num(tensor) if finite else tensor
     return state
 
 

@@ -74,9 +74,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         pretrained, "locate", lambda name: embedded if name == "vit_t" else locate(name)
     )
-    save_meta(tmp_path / "sam_vit_b_01ec64.pth")
+    save_meta(tmp_path / "sam_vit_b_01ec64.pth", finite=True)
     hq = type(TINY)(**{**vars(TINY), "hq": True})
-    save_meta(tmp_path / "sam_hq_vit_b.pth", hq)
+    save_meta(tmp_path / "sam_hq_vit_b.pth", hq, finite=True)
     return tmp_path
 
 

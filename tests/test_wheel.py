@@ -19,5 +19,5 @@ def test_the_wheel_installs_two_packages_and_nothing_else(tmp_path: Path):
         "sparsesam_jax",
     }
     # `convert` would shadow the convert.py of whoever stands in a folder with one.
-    for name in ("checkpoints/conversion.py", "weights/vit_t.safetensors"):
+    for name in ("checkpoints/conversion.py", "py.typed", "weights/vit_t.safetensors"):
         assert f"sparsesam_jax/{name}" in names
