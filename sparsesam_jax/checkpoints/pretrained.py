@@ -83,7 +83,7 @@ class Sam(SamModel):
             loaded.append((key, leaf.replace(jnp.array(array))))
         if not_finite:
             raise ValueError(
-                f"{path} must have finite weights, got NaN or infinity in {few(not_finite)}; "
+                f"{path}: weights must be finite, got NaN or an infinity in {few(not_finite)}; "
                 "check_finite=False loads them as they are"
             )
         return nnx.merge(graphdef, nnx.from_flat_state(loaded))

@@ -148,7 +148,7 @@ def spoiled(path: Path, values: dict[str, float]) -> Path:
 def test_weights_that_are_not_finite_are_refused_unless_asked_for(tmp_path: Path):
     names = ["image_encoder.blocks.1.attn.qkv.kernel", "mask_decoder.iou_token.embedding"]
     path = spoiled(tmp_path / "a.safetensors", {names[0]: np.nan, names[1]: -np.inf})
-    expected = rf"must have finite weights, got NaN or infinity in {names[0]}, {names[1]}; check_f"
+    expected = rf"weights must be finite, got NaN or an infinity in {names[0]}, {names[1]}; check_"
     with pytest.raises(ValueError, match=expected):
         Sam.from_pretrained(path)
     loaded = parameters(Sam.from_pretrained(path, check_finite=False))
