@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-Implementation = Literal["auto", "xla", "mosaic_gpu"]
+from pallas_kernels.choices import Implementation
+
 Resolved = Literal["xla", "mosaic_gpu"]
 
 KERNEL_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))  # that kernels read and multiply
