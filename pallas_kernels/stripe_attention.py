@@ -146,7 +146,7 @@ def stripe_attention(
     problems = [] if implementation == "xla" else _problems(qkv, sequence, layout, has_bias)
     chosen = resolve(implementation, function="stripe_attention", problems=problems)
     program = attend_by_groups if chosen == "mosaic_gpu" else _xla_stripe_attention
-    options = dict(layout=layout, block_order=block_order)
+    options: dict[str, Any] = dict(layout=layout, block_order=block_order)
     return program(qkv, rel_pos_h, rel_pos_w, sequence, **options)
 
 

@@ -112,7 +112,7 @@ def _tile_operands(
     images: range,
     tile_bias: Callable[..., tuple[Array, Array]],
 ) -> tuple[Array, Operands]:
-    """Qkv as the tiling views it, and some images' bias, by `tile_position` or its XLA twin."""
+    """The map as the tiling views it, and some images' bias, by `tile_position` or its XLA twin."""
     batch, height, width, _, heads, head_dim = qkv.shape
     rel = ()
     if tables:
@@ -141,15 +141,16 @@ def _sequence_operands(
         x = permute(x.reshape(len(x), seq_len, heads, -1), sequence)
         return x.reshape(len(x), -1, SIDE, heads, x.shape[-1])
 
+    rel, onehot = (), None
+    if tables:
+        rel = map_bias(qkv, *map(_whole_chunks, tables), images)
+        num_rows, num_cols = (x.shape[-1] for x in rel)
+        labels = jnp.stack([sequence // width, sequence % width + num_rows])
+        coordinates = jnp.arange(num_rows + num_cols).reshape(-1, 1, CHUNK)
+        labels = labels.reshape(2, -1, 1, seq_len, 1)
+        onehot = (labels == coordinates).any(0).astype(qkv.dtype)  # [1 or B or B H, chunks, N, 16]
     flat = jnp.concatenate([view(qkv[own, :, :, i]) for i in range(3)], axis=3)
-    if not tables:
-        return tiling.view(flat), Operands()
-    rel_h, rel_w = map_bias(qkv, *map(_whole_chunks, tables), images)
-    labels = jnp.stack([sequence // width, sequence % width + rel_h.shape[-1]])
-    coordinates = jnp.arange(rel_h.shape[-1] + rel_w.shape[-1]).reshape(-1, 1, CHUNK)
-    labels = labels.reshape(2, -1, 1, seq_len, 1)
-    onehot = (labels == coordinates).any(0).astype(qkv.dtype)  # [1 or B or B H, chunks, N, 16]
-    operands = Operands(tiling.view(view(rel_h)), tiling.view(view(rel_w)), onehot)
+    operands = Operands(*(tiling.view(view(x)) for x in rel), onehot=onehot)
     return tiling.view(flat), operands
 
 
