@@ -170,17 +170,18 @@ class SamPredictor:
             )
             padded.append(pixels)
             sizes.append(ImageSizes((image.shape[0], image.shape[1]), resized))
-        self._embed(padded, sizes)
+        # One assignment, so that no thread ever sees one image's features with another's size.
+        self._embedding = self._embed(padded, sizes)
 
-    def set_resized_images(
+    def embed_resized_images(
         self,
         images: Sequence[Num[np.ndarray, "height width 3"]],
         original_sizes: Sequence[tuple[int, int]],
-    ) -> None:
-        """Embed images that have been resized already, of 0 to 255 in any dtype.
+    ) -> Embedding:
+        """The embedding of images that have been resized already; it is not set.
 
         Args:
-            images: RGB; sides are at most `image_size`.
+            images: RGB, 0 to 255 in any dtype; sides are at most `image_size`.
             original_sizes: Heights and widths that the images had before, and masks will have.
 
         Raises:
@@ -198,7 +199,7 @@ class SamPredictor:
             edges = ((0, self.image_size - height), (0, self.image_size - width), (0, 0))
             padded.append(np.pad(image, edges))
             sizes.append(ImageSizes((int(original[0]), int(original[1])), (height, width)))
-        self._embed(padded, sizes)
+        return self._embed(padded, sizes)
 
     def get_image_embedding(self) -> Float[Array, "B Gh Gw C"]:
         """The features of the image (or batch) that is set.
@@ -374,7 +375,7 @@ class SamPredictor:
 
         length = max([MIN_POINTS, *(power_of_two(a.labels.shape[1]) for a in arrays)])
         pending = None  # one call is decoded while the masks of the last come to the host
-        for call in calls(arrays, self._prompts_at_once):
+        for call in calls(arrays, self.prompts_at_once):
             parts = [
                 a.part(call.start, call.start + call.prompts)
                 for a in arrays[call.image : call.image + call.images]
@@ -399,15 +400,15 @@ class SamPredictor:
         return device_transforms if self.on_device else host_transforms
 
     @functools.cached_property
-    def _prompts_at_once(self) -> int:
+    def prompts_at_once(self) -> int:
+        """Prompts of one decoder call at most."""
         device = min(self.compiled.decoder_leaves[0].devices(), key=lambda device: device.id)
         return PROMPTS_ON_CPU if device.platform == "cpu" else PROMPTS
 
-    def _embed(self, padded: list[Any], sizes: list[ImageSizes]) -> None:
+    def _embed(self, padded: list[Any], sizes: list[ImageSizes]) -> Embedding:
         resized = np.array([size.resized for size in sizes], np.int32)
         encoded = self.compiled.encode_padded(padded, resized)
-        # One assignment, so that no thread ever sees one image's features with another's size.
-        self._embedding = Embedding(*encoded, tuple(sizes), self.fingerprint)
+        return Embedding(*encoded, tuple(sizes), self.fingerprint)
 
     def _require_embedding(self) -> Embedding:
         embedding = self._embedding
