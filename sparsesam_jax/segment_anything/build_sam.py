@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.implementation import Implementation
-from sparsesam_jax.checkpoints import convert_checkpoint
-from sparsesam_jax.checkpoints.pretrained import Sam as SamOfFiles
+from sparsesam_jax.checkpoints.pretrained import Sam as CheckpointSam
 from sparsesam_jax.config import PRESETS, Sparsity
 from sparsesam_jax.segment_anything.sam import Sam
 
@@ -94,18 +90,11 @@ def _build(
 ) -> Sam:
     if checkpoint is None:
         raise ValueError(f"checkpoint must be given for {name}, got None")
-    sam = _load(checkpoint, sparsity=sparsity, dtype=dtype, implementation=implementation)
+    sam = CheckpointSam.from_pretrained(
+        checkpoint, sparsity=sparsity, dtype=dtype, implementation=implementation
+    )
     if dataclasses.replace(sam.config, hq=False) != PRESETS[name]:
         kinds = [kind for kind, config in PRESETS.items() if config == sam.config]
         got = kinds[0] if kinds else f"one of width {sam.config.image_encoder.embed_dim}"
         raise ValueError(f"checkpoint must be of {name}, got {os.fspath(checkpoint)!r}, {got}")
     return Sam(sam)
-
-
-def _load(checkpoint: str | os.PathLike[str], **options: Any) -> SamOfFiles:
-    if checkpoint == "vit_t" or Path(checkpoint).suffix == ".safetensors":
-        return SamOfFiles.from_pretrained(checkpoint, **options)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "converted.safetensors"
-        convert_checkpoint(checkpoint, path)
-        return SamOfFiles.from_pretrained(path, **options)

@@ -20,7 +20,7 @@ from skimage import data  # noqa: E402
 
 from sparsesam_jax import Sam as OurSam  # noqa: E402
 from sparsesam_jax import SamPredictor  # noqa: E402
-from sparsesam_jax.checkpoints.pretrained import locate  # noqa: E402
+from sparsesam_jax.checkpoints.sources import locate  # noqa: E402
 from sparsesam_jax.predict import automatic_masks  # noqa: E402
 from sparsesam_jax.predict import predictor as predictor_module  # noqa: E402
 from sparsesam_jax.predict.automatic_masks import AutomaticMaskGenerator  # noqa: E402

@@ -22,7 +22,7 @@ from skimage import data  # noqa: E402
 
 from sparsesam_jax import segment_anything as ours  # noqa: E402
 from sparsesam_jax.checkpoints import convert_checkpoint  # noqa: E402
-from sparsesam_jax.checkpoints.pretrained import locate  # noqa: E402
+from sparsesam_jax.checkpoints.sources import locate  # noqa: E402
 
 KIND = "vit_t"  # Meta's registry gets an entry of that name
 IMAGE = np.ascontiguousarray(data.coffee()[:300:2, 100:500:2])  # [150, 200, 3]

@@ -17,7 +17,7 @@ from models import random_weights  # noqa: E402
 from sparsesam_jax import Sam as OurSam  # noqa: E402
 from sparsesam_jax import segment_anything as ours  # noqa: E402
 from sparsesam_jax.checkpoints import convert_checkpoint  # noqa: E402
-from sparsesam_jax.checkpoints.pretrained import locate  # noqa: E402
+from sparsesam_jax.checkpoints.sources import locate  # noqa: E402
 from sparsesam_jax.segment_anything.sam import Sam  # noqa: E402
 from sparsesam_jax.segment_anything.utils.transforms import ResizeLongestSide  # noqa: E402
 
