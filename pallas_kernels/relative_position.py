@@ -102,13 +102,13 @@ def scratch_types(
     interpret: Any = False,
 ) -> dict[str, Any]:
     """Shared memory and barriers of a program."""
-    side, width, num_chunks, num_stages = config
+    side, width, num_stages = config.side, config.width, config.num_stages
     parts, total = split_head_dim(head_dim, dtype), sum(num_keys) // width
     token_copies, table_copies = (side**2, side) if interpret else (1, 1)  # that a box takes
     return dict(
         q_smem=[hopper.buffer(dtype, num_stages, BLOCK, part) for part in parts],
         tables_smem=[hopper.buffer(dtype, total, side * width, part) for part in parts],
-        out_smem=hopper.buffer(dtype, 2 * num_chunks, BLOCK, width),
+        out_smem=hopper.buffer(dtype, 2 * config.num_chunks, BLOCK, width),
         q_full=plgpu.Barrier(num_barriers=num_stages, num_arrivals=len(parts) * token_copies),
         tables_full=plgpu.Barrier(num_arrivals=total * len(parts) * table_copies),
     )

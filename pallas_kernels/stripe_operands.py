@@ -127,14 +127,15 @@ def _tile_operands(
 def _sequence_operands(
     qkv: Array,
     tables: tuple[Array, ...],
-    tiling: Tiling,
-    sequence: Sequence,
+    blocks: Blocks,
     images: range,
     map_bias: Callable[..., tuple[Array, Array]],
 ) -> tuple[Array, Operands]:
     """Some images' qkv in the order of the sequence, and its bias, by `relative_position`."""
     _, height, width, _, heads, _ = qkv.shape
     seq_len, own = height * width, slice(images.start, images.stop)
+    tiling, sequence = blocks.tiling, blocks.sequence
+    assert sequence is not None, "tiles are not gathered"
     sequence = sequence if sequence.ndim == 1 else sequence[own]
 
     def view(x: Array) -> Array:
@@ -205,8 +206,9 @@ def prepare(
     """
     batch, height, width, _, heads, head_dim = qkv.shape
     tables = given_tables(rel_pos_h, rel_pos_w)
-    tiling, tile_of_block, sequence = find_blocks((height, width), sequence, layout)
-    options = dict(tiles=sequence is None, has_bias=bool(tables))
+    blocks = find_blocks((height, width), sequence, layout)
+    gathered = blocks.sequence is not None
+    options = dict(tiles=not gathered, has_bias=bool(tables))
     config = config or fitting_config((height, width), head_dim, qkv.dtype, **options)
     assert config is not None, "the public function checks that a configuration fits"
     images, first = chosen_images(images, batch)
@@ -215,12 +217,12 @@ def prepare(
     else:
         tile_bias = functools.partial(tile_position, interpret=interpret)
         map_bias = functools.partial(relative_position, interpret=interpret)
-    if sequence is None:
-        flat, operands = _tile_operands(qkv, tables, tiling, images, tile_bias)
+    if blocks.sequence is None:
+        flat, operands = _tile_operands(qkv, tables, blocks.tiling, images, tile_bias)
     else:
-        flat, operands = _sequence_operands(qkv, tables, tiling, sequence, images, map_bias)
+        flat, operands = _sequence_operands(qkv, tables, blocks, images, map_bias)
     own_order = None if block_order is None else block_order[images.start : images.stop]
-    table = step_table(tile_of_block, layout, own_order, config.block_kv)
+    table = step_table(blocks.tile_of_block, layout, own_order, config.block_kv)
     sizes = heads, len(images), batch
-    statics = Statics(layout, config, tiling, sequence is not None, *sizes, interpret)
+    statics = Statics(layout, config, blocks.tiling, gathered, *sizes, interpret)
     return statics, (first, flat, operands, table)
