@@ -109,7 +109,7 @@ def test_numbers_are_the_predictors(photos: Path, weights: str, capsys) -> None:
         *("rows.csv", "summary.json", "problems.json", "run.json"),
         *("quality.png", "best_worst_sparsesam.png"),
     }
-    assert len(RowFile(photos / "out" / "rows.csv", resume=True).rows) == 10
+    assert len(RowFile(photos / "out" / "rows.csv", resume=True).found) == 10
 
 
 def test_a_killed_run_ends_with_the_same_numbers(photos, weights, monkeypatch, capsys) -> None:

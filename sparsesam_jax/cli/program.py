@@ -1,0 +1,86 @@
+"""Runs a command line: exit codes, one line for what is wrong, and how it ends when interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+from sparsesam_jax.checkpoints import atomic
+
+INTERRUPTED = 130
+_PATIENCE_S = 1.0  # what Python code gets to unwind in before the process is ended
+
+
+def run(module: str, args: Sequence[str] | None, program: str) -> int:
+    """Run a command and return its exit code: 2 for wrong input, which is said in one line.
+
+    Args:
+        module: Where the commands are, as `app`. Imported here, because that takes a moment in
+            which the process may be interrupted already.
+        args: What follows the program's name. None takes the process's own and makes it the
+            program, which SIGINT ends with 130.
+        program: Its name, for help texts.
+    """
+    if args is None:
+        with _interruptible():
+            code = run(module, sys.argv[1:], program)
+            if code == INTERRUPTED:  # as typer returns it
+                raise KeyboardInterrupt
+            return code
+    import typer
+
+    app: typer.Typer = importlib.import_module(module).app
+    try:
+        return app(args=[*args], prog_name=program, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        message = error.format_message()
+    except (ValueError, OverflowError, OSError, importlib.metadata.PackageNotFoundError) as error:
+        message = str(error)
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGINT end the process with exit code 130 and no partial file, whatever it is doing.
+
+    Python raises KeyboardInterrupt between two of its own instructions, so not while the compiler
+    runs, and an interpreter that is taken down beside the compiler's threads may crash. So the
+    process ends without: at once when the exception arrives, or by a thread that the signal wakes.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it
+        yield
+        return
+    waking, woken = socket.socketpair()
+    waking.setblocking(False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_end_when_woken, args=(woken,), daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end()
+
+
+def _end_when_woken(woken: socket.socket) -> None:
+    while woken.recv(1) != bytes([signal.SIGINT]):
+        pass
+    time.sleep(_PATIENCE_S)
+    _end()
+
+
+def _end() -> None:
+    for path in tuple(atomic.unfinished):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError, ValueError):
+        os.write(sys.stderr.fileno(), b"interrupted\n")
+    os._exit(INTERRUPTED)
