@@ -118,6 +118,7 @@ def test_interrupted_wherever_it_is(folder: Path, delay: float) -> None:
 
 
 WRITES_FOR_EVER = """
+import hashlib
 import time
 import typer
 from sparsesam_jax.checkpoints.atomic import atomic_path
@@ -126,24 +127,23 @@ from sparsesam_jax.cli.program import run
 app = typer.Typer()
 
 @app.command()
-def write() -> None:
+def write(busy: bool = False) -> None:
     with atomic_path("whole.txt") as temporary:
         temporary.write_text("half")
         print("writing", flush=True)
-        while True:
-            try:
-                time.sleep(60)
-            except KeyboardInterrupt:  # as good as code that does not return to Python
-                pass
+        if busy:  # as a compiler: does not return to Python for a long time
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**9)
+        time.sleep(60)
 
 if __name__ == "__main__":
     run("__main__", None, "program")
 """
 
 
-def test_interrupted_while_it_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--busy", "--no-busy"])
+def test_interrupted_while_it_writes(tmp_path: Path, option: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITES_FOR_EVER],
+        [sys.executable, "-c", WRITES_FOR_EVER, option],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from sparsesam_jax.checkpoints import atomic
 
 INTERRUPTED = 130
-_PATIENCE_S = 1.0  # what Python code gets to unwind in before the process is ended
+_PATIENCE_S = 1.0  # that the main thread has for its own handler
 
 
 def run(module: str, args: Sequence[str] | None, program: str) -> int:
@@ -30,11 +29,8 @@ def run(module: str, args: Sequence[str] | None, program: str) -> int:
         program: Its name, for help texts.
     """
     if args is None:
-        with _interruptible():
-            code = run(module, sys.argv[1:], program)
-            if code == INTERRUPTED:  # as typer returns it
-                raise KeyboardInterrupt
-            return code
+        _end_when_interrupted()
+        args = sys.argv[1:]
     import typer
 
     app: typer.Typer = importlib.import_module(module).app
@@ -42,32 +38,27 @@ def run(module: str, args: Sequence[str] | None, program: str) -> int:
         return app(args=[*args], prog_name=program, standalone_mode=False) or 0
     except typer.TyperException as error:
         message = error.format_message()
-    except (ValueError, OverflowError, OSError, importlib.metadata.PackageNotFoundError) as error:
+    except (ValueError, OverflowError, OSError, ModuleNotFoundError) as error:
         message = str(error)
     typer.echo(f"error: {' '.join(message.split())}", err=True)
     return 2
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def _end_when_interrupted() -> None:
     """Let SIGINT end the process with exit code 130 and no partial file, whatever it is doing.
 
-    Python raises KeyboardInterrupt between two of its own instructions, so not while the compiler
-    runs, and an interpreter that is taken down beside the compiler's threads may crash. So the
-    process ends without: at once when the exception arrives, or by a thread that the signal wakes.
+    Python's own KeyboardInterrupt will not do: callbacks swallow it, and an interpreter that is
+    taken down beside the compiler's threads may crash. So the handler ends the process. Handlers
+    run between two of Python's instructions, so not while the compiler runs: a thread that the
+    signal wakes ends the process then.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it
-        yield
         return
     waking, woken = socket.socketpair()
     waking.setblocking(False)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, _end)
+    signal.set_wakeup_fd(waking.detach(), warn_on_full_buffer=False)
     threading.Thread(target=_end_when_woken, args=(woken,), daemon=True).start()
-    try:
-        yield
-    except KeyboardInterrupt:
-        _end()
 
 
 def _end_when_woken(woken: socket.socket) -> None:
@@ -77,10 +68,11 @@ def _end_when_woken(woken: socket.socket) -> None:
     _end()
 
 
-def _end() -> None:
+def _end(*_: object) -> None:
     for path in tuple(atomic.unfinished):
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError, ValueError):
-        os.write(sys.stderr.fileno(), b"interrupted\n")
+    show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # which progress bars hide
+    with contextlib.suppress(OSError):
+        os.write(2, show_cursor + b"interrupted\n")
     os._exit(INTERRUPTED)
