@@ -74,6 +74,16 @@ def test_help_and_wrong_input_need_no_jax(folder: Path, args: list[str], code: i
     assert result.stderr.count("\n") == (code == 2)
 
 
+def test_file_names_that_are_no_text(folder: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    (folder / "photo.png").rename(folder / name)
+    args = ["segment", name, "--point", "1", "1", "--weights", "tiny.safetensors", "--out", "out"]
+    result = sparsesam(folder, *args)
+    assert result.returncode == 0, result.stderr
+    assert "wrote out/caf\\udce9.png" in result.stdout
+    assert (folder / "out" / name).is_file()
+
+
 def test_compilation_cache(folder: Path) -> None:
     command = ["segment", "photo.png", "--point", "1", "1", "--weights", "tiny.safetensors"]
     home = {"XDG_CACHE_HOME": str(folder / "home"), "HOME": str(folder)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import signal
 import socket
@@ -30,6 +31,8 @@ def run(module: str, args: Sequence[str] | None, program: str) -> int:
     """
     if args is None:
         _end_when_interrupted()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
         args = sys.argv[1:]
     import typer
 
@@ -40,7 +43,8 @@ def run(module: str, args: Sequence[str] | None, program: str) -> int:
         message = error.format_message()
     except (ValueError, OverflowError, OSError, ModuleNotFoundError) as error:
         message = str(error)
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    text = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
+    typer.echo(f"error: {text}", err=True)
     return 2
 
 
