@@ -274,6 +274,7 @@ def test_box_of_a_mask():
         (["--point", "1", "1", "--out", "{folder}/a.png", "--overlay", "{folder}/a.png"], "twice"),
         (["--point", "1", "1", "--implementation", "cuda"], "'cuda' is not one of 'auto', 'xla'"),
         (["--point", "1", "1", "--dtype", "int8"], "'int8' is not one of 'float32'"),
+        (["--point", "1", "1", "--out", "--json"], "--out needs a value, got the option --json"),
         (["--unknown"], "No such option"),
     ],
 )

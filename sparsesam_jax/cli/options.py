@@ -55,13 +55,22 @@ class Command(TyperCommand):
     """A command whose options may take several values: `--density 1 0.5`, `--point 40 30`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat a list's option before each value, and join the numbers of the others."""
+        """Repeat a list's option before each value, and join the numbers of the others.
+
+        Raises:
+            ValueError: An option stands where another's value should.
+        """
+        options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
+        names = {name for option in options for name in option.opts}
+        flags = {name for option in options if vars(option).get("is_flag") for name in option.opts}
         rest, parsed = deque(args), []
         while rest:
             option = rest.popleft()
             parsed.append(option)
             if option == "--":
                 break
+            if option in names - flags and rest and rest[0] in names:
+                raise ValueError(f"{option} needs a value, got the option {rest[0]}")
             if option in _NUMBERS:
                 values = []
                 while rest and len(values) < len(_NUMBERS[option].split()):
