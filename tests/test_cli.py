@@ -257,7 +257,7 @@ def test_box_of_a_mask():
         (["--point", "1", "1", "--density", "1.5"], "density must lie in (0, 1], got 1.5"),
         (["--point", "1", "1", "--density", "x"], "Invalid value for '--density'"),
         (["--point", "1", "1", "--weights", "nothing"], "nothing"),
-        (["--point", "1", "1", "--weights", "{photo}"], "no intact safetensors file"),
+        (["--point", "1", "1", "--weights", "{photo}"], "is neither a PyTorch checkpoint nor"),
         (["--point", "1", "1", "--out", "{folder}/none/mask.png"], "a folder that exists"),
         (["--point", "1", "1", "--out", "/proc/m.png"], "can be written, got '/proc/m.png'"),
         (["--point", "1", "1", "--out", "/proc/none"], "--out must be a folder, or a new one"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,15 @@ def test_compilation_cache(folder: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
+@pytest.fixture
+def default_interrupt() -> Iterator[None]:
+    """SIGINT as a terminal's foreground job has it, which processes started here inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("default_interrupt")
 @pytest.mark.parametrize("delay", [0.5, 2.0, 6.0])
 def test_interrupted_wherever_it_is(folder: Path, delay: float) -> None:
     # The embedded model takes long to compile, and the compiler does not let Python's handler run.
@@ -117,7 +127,6 @@ def test_interrupted_wherever_it_is(folder: Path, delay: float) -> None:
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
@@ -150,6 +159,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.usefixtures("default_interrupt")
 @pytest.mark.parametrize("option", ["--busy", "--no-busy"])
 def test_interrupted_while_it_writes(tmp_path: Path, option: str) -> None:
     process = subprocess.Popen(
@@ -158,7 +168,6 @@ def test_interrupted_while_it_writes(tmp_path: Path, option: str) -> None:
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"

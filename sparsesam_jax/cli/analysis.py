@@ -14,7 +14,6 @@ from sparsesam_jax.cli.options import (
     ValueRangeOption,
     WeightsOption,
     check_positive,
-    check_weights,
 )
 
 
@@ -41,6 +40,7 @@ def calibrate(
     first order, and spends the work where it saves most error.
     """
     from sparsesam_jax.checkpoints.atomic import check_file
+    from sparsesam_jax.checkpoints.sources import locate
     from sparsesam_jax.config import Sparsity
     from sparsesam_jax.predict.image_files import PhotoReader, find_photos
 
@@ -49,7 +49,7 @@ def calibrate(
     check_file(out, "out")
     sparsity = Sparsity(density) if preset == "sparsesam" else Sparsity.released(density)
     photos = [reader.read(path) for path in find_photos([images])[:limit]]
-    check_weights(weights)
+    locate(weights)
 
     from rich.console import Console
 
@@ -81,6 +81,7 @@ def figures(
     with other curves, layouts, rankings (Fig. 9). extreme: masks at very low densities (Fig. 8).
     """
     from sparsesam_jax.checkpoints.atomic import check_folder
+    from sparsesam_jax.checkpoints.sources import locate
     from sparsesam_jax.config import Sparsity
     from sparsesam_jax.predict.image_files import PhotoReader, find_photos
 
@@ -91,7 +92,7 @@ def figures(
     for value in densities:
         Sparsity(value)
     photos = {path.stem: reader.read(path) for path in find_photos([images])[:limit]}
-    check_weights(weights)
+    locate(weights)
 
     from sparsesam_jax.checkpoints.pretrained import Sam
     from sparsesam_jax.evaluation.figures import draw

@@ -16,7 +16,6 @@ from sparsesam_jax.cli.options import (
     ImplementationOption,
     WeightsOption,
     check_implementation,
-    check_weights,
 )
 from sparsesam_jax.predict.prompts import Prompt
 
@@ -43,12 +42,13 @@ def demo(
     Prints the encoder's time with and without compilation and the IoU of dense and sparse masks.
     The overlay shows both models side by side: blue the point's mask, yellow the box's.
     """
+    from sparsesam_jax.checkpoints.sources import locate
     from sparsesam_jax.config import Sparsity
     from sparsesam_jax.predict.image_files import check_writable, write_images
 
     check_writable(out)
     sparsity = Sparsity(density)
-    check_weights(weights)
+    locate(weights)
     check_implementation(implementation, "demo")
 
     import jax

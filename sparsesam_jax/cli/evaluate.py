@@ -21,7 +21,6 @@ from sparsesam_jax.cli.options import (
     ValueRangeOption,
     WeightsOption,
     check_implementation,
-    check_weights,
 )
 
 if TYPE_CHECKING:
@@ -72,6 +71,7 @@ def evaluate(
     code is then 1.
     """
     from sparsesam_jax.checkpoints.atomic import check_folder
+    from sparsesam_jax.checkpoints.sources import locate
     from sparsesam_jax.evaluation.datasets import dataset_pairs, folder_pairs, limited
     from sparsesam_jax.predict.image_files import PhotoReader
 
@@ -89,7 +89,7 @@ def evaluate(
         assert images is not None and masks is not None
         pairs = folder_pairs(images, masks)
     check_folder(out)
-    check_weights(weights)
+    locate(weights)
     check_implementation(implementation, "evaluate")
 
     from rich.console import Console
@@ -138,6 +138,7 @@ def evaluate_coco(
     out; the exit code is then 1.
     """
     from sparsesam_jax.checkpoints.atomic import check_folder
+    from sparsesam_jax.checkpoints.sources import locate
     from sparsesam_jax.predict.image_files import PhotoReader
 
     reader = PhotoReader(bits=bits, value_range=value_range, max_pixels=max_pixels)
@@ -146,7 +147,7 @@ def evaluate_coco(
         if not file.is_file():
             raise ValueError(f"{name} must be a JSON file, got {str(file)!r}, which is none")
     check_folder(out)
-    check_weights(weights)
+    locate(weights)
     check_implementation(implementation, "evaluate-coco")
 
     from rich.console import Console

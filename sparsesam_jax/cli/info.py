@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsesam_jax.cli.options import DensitiesOption, check_weights
+from sparsesam_jax.cli.options import DensitiesOption
 
 if TYPE_CHECKING:
     from pallas_kernels import BlockLayout
@@ -19,37 +19,37 @@ DENSITIES = [0.3, 0.4, 0.5]
 
 
 def info(
-    weights: Annotated[str, typer.Argument(help="vit_t (embedded) or a converted file.")],
+    weights: Annotated[
+        str, typer.Argument(help="vit_t (embedded), or a checkpoint: a file or a folder.")
+    ],
     density: DensitiesOption = DENSITIES,
     layout: Annotated[
         Path | None, typer.Option(help="A picture of the block layouts at these densities.")
     ] = None,
 ) -> None:
-    """Describe weights, and what an encoder of their shape computes at some densities."""
+    """Describe a checkpoint, and what an encoder of their shape computes at some densities."""
+    from sparsesam_jax.checkpoints.sources import locate
     from sparsesam_jax.config import Sparsity
     from sparsesam_jax.predict.image_files import check_writable, write_images
 
     if layout is not None:
         check_writable(layout)
     sparsities = [Sparsity(value) for value in density]
-    check_weights(weights)
+    path = locate(weights)
 
-    from sparsesam_jax.checkpoints import native
-    from sparsesam_jax.checkpoints.pretrained import locate
+    from sparsesam_jax.checkpoints import open_checkpoint
     from sparsesam_jax.predict.overlay import draw_layouts
 
-    path = locate(weights)
-    metadata, tensors = native.inspect(path)
-    config = native.config_of(path, metadata)
-    shapes = {name: spec.shape for name, spec in native.parameter_shapes(config).items()}
-    if problems := native.mismatches(shapes, tensors):
-        raise ValueError(f"{path} must hold the parameters of its config: {'; '.join(problems)}")
+    checkpoint = open_checkpoint(path)
+    config, tensors = checkpoint.config, checkpoint.tensors
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     count = sum(math.prod(spec.shape) for spec in tensors.values())
     dtypes = ", ".join(sorted({spec.dtype for spec in tensors.values()}))
     fields = json.loads(config.to_json())
     encoder = fields.pop("image_encoder")
-    typer.echo(f"weights        {metadata.get('name', path.name)} ({path})")
-    typer.echo(f"size           {path.stat().st_size / 1e6:.1f} MB, {dtypes}")
+    typer.echo(f"weights        {checkpoint.metadata.get('name', path.name)} ({path})")
+    typer.echo(f"format         {', '.join([checkpoint.format, *checkpoint.remarks])}")
+    typer.echo(f"size           {sum(p.stat().st_size for p in files) / 1e6:.1f} MB, {dtypes}")
     typer.echo(f"parameters     {count:,} in {len(tensors)} tensors")
     for title, values in (("image encoder", encoder), ("decoder", fields)):
         typer.echo(f"{title:15}" + ", ".join(f"{key} {value}" for key, value in values.items()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections import deque
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +17,9 @@ _LISTS = {"--density": float, "--label": int, "--method": str}
 # Options of several numbers, which may be repeated; for typer, which has none, they are one text.
 _NUMBERS = {"--point": "X Y", "--box": "X0 Y0 X1 Y1"}
 
-WeightsOption = Annotated[str, typer.Option(help="vit_t (embedded) or a converted file.")]
+WeightsOption = Annotated[
+    str, typer.Option(help="vit_t (embedded), or a checkpoint: a file or a folder.")
+]
 DensitiesOption = Annotated[
     list[float],
     typer.Option(metavar="R ...", help="What the encoder keeps, (0, 1]; several may follow."),
@@ -111,21 +112,6 @@ def numbers(option: str, texts: list[str] | None) -> list[tuple[float, ...]]:
         if len(values[-1]) != len(expected.split()):
             raise ValueError(f"{option} must be {expected} in pixels, got {text!r}")
     return values
-
-
-def check_weights(name_or_path: str) -> None:
-    """Raise ValueError where there are no such weights: before JAX is imported to read them."""
-    embedded = importlib.resources.files("sparsesam_jax") / "weights"
-    names = [
-        file.name.removesuffix(".safetensors")
-        for file in embedded.iterdir()
-        if file.name.endswith(".safetensors")
-    ]
-    if name_or_path not in names and not Path(name_or_path).exists():
-        raise ValueError(
-            f"weights must be one of the embedded ({', '.join(names)}) or a file, "
-            f"got {name_or_path!r}, which is neither"
-        )
 
 
 def check_positive(**counts: int) -> None:

@@ -21,7 +21,6 @@ from sparsesam_jax.cli.options import (
     ValueRangeOption,
     WeightsOption,
     check_implementation,
-    check_weights,
     numbers,
 )
 from sparsesam_jax.config import SamConfig, Sparsity
@@ -92,6 +91,7 @@ def segment(
     OUT_0.3.png or OUT_0.3_0.png. In a folder, OUT is the photo's name, and an overlay is
     PHOTO_overlay.png.
     """
+    from sparsesam_jax.checkpoints.sources import locate
     from sparsesam_jax.predict.image_files import PhotoReader, find_photos
     from sparsesam_jax.predict.prompts import check_prompts, make_prompts
 
@@ -104,7 +104,7 @@ def segment(
     outputs = _Outputs(out, overlay, several=len(densities) > 1)
     count = max(1, len(boxes))
     outputs.check(paths, densities, count * (SamConfig.num_multimask_outputs if multimask else 1))
-    check_weights(weights)
+    locate(weights)
 
     def read(path: Path) -> _Photo:
         pixels = reader.read(path)
