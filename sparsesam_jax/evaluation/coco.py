@@ -31,7 +31,6 @@ from sparsesam_jax.evaluation.runs import RunOptions, write_json
 from sparsesam_jax.predict.finite import check_finite
 from sparsesam_jax.predict.predictor import SamPredictor
 
-_BOXES = 32  # prompts of a decoder call
 _STATISTICS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}
 
 
@@ -187,23 +186,20 @@ def segment(
     predictor: SamPredictor, image: np.ndarray, detections: Sequence[Detection]
 ) -> list[Detection]:
     """COCO results of one image: every detection with the mask that its box asks for."""
-    from pycocotools import mask as coco_mask
-
     if not detections:
         return []
     corners = np.array([detection["bbox"] for detection in detections], np.float64)
     corners[:, 2:] += corners[:, :2]
     predictor.set_image(image)
+    masks: Any
+    masks, *rest = predictor.predict(box=corners, multimask_output=False, mask_format="rle")
+    check_finite(predictor.sam, *rest)
     results = []
-    for start in range(0, len(corners), _BOXES):
-        boxes = corners[start : start + _BOXES]
-        masks, *rest = predictor.predict(box=boxes, multimask_output=False)
-        check_finite(predictor.sam, *rest)
-        for detection, mask in zip(detections[start:], masks[:, 0], strict=False):
-            encoded: Any = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            rle = {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
-            kept = {key: detection[key] for key in ("image_id", "category_id", "score")}
-            results.append(kept | {"segmentation": rle})
+    # One box gives the list of its masks, several a list of these.
+    for detection, (mask,) in zip(detections, masks if len(masks) > 1 else [masks], strict=True):
+        kept = {key: detection[key] for key in ("image_id", "category_id", "score")}
+        rle = {"size": mask["size"], "counts": mask["counts"].decode("ascii")}
+        results.append(kept | {"segmentation": rle})
     return results
 
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparsesam_jax.checkpoints.pretrained import Sam
+from sparsesam_jax.model.sam import SamModel
 
 
-def check_finite(sam: Sam, *predicted: np.ndarray) -> None:
+def check_finite(sam: SamModel, *predicted: np.ndarray) -> None:
     """Raise ValueError if what a model predicted holds NaN or an infinity.
 
     The message names the first of the model's parameters that does. Parameters are only looked at
