@@ -207,7 +207,7 @@ def test_a_sparsity_of_ones_own(photos: Path, weights: str) -> None:
         (["--batch", "0"], "batch must be positive, got 0"),
         (["--limit", "0"], "limit must be positive, got 0"),
         (["--prompts", "mask"], "'mask' is not one of"),
-        (["--weights", "absent"], "weights must be one of the embedded"),
+        (["--weights", "absent"], "weights must be the name of embedded ones"),
         (["--sparsity", "absent.json"], "sparsity must be a JSON file"),
         (["--out", "absent/out"], "out must be a folder"),
     ],
