@@ -20,7 +20,8 @@ from benchmarks.records import Record
 from benchmarks.timing import Spread, queued_ms, time_ms
 from benchmarks.torch_sam import ImageEncoder
 from sparsesam_jax.checkpoints import huggingface
-from sparsesam_jax.checkpoints.rules import HUGGINGFACE_TIED, Format, tensor_names, to_torch
+from sparsesam_jax.checkpoints.rules import HUGGINGFACE_TIED, tensor_names, to_torch
+from sparsesam_jax.choices import Format
 from sparsesam_jax.config import SamConfig, Sparsity
 
 

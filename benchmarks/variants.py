@@ -56,7 +56,7 @@ class Variant(NamedTuple):
         if self.method is not None:
             return methods.apply(sam, *self.method)
         if self.group_update is not None:
-            return methods.with_method(sam, self._grouped())
+            return self._grouped().apply(sam)
         return sam.with_sparsity(self.sparsity)
 
     def gmacs(self, config: ImageEncoderConfig) -> float:

@@ -10,6 +10,16 @@ Letters used in shapes throughout the project:
 Arrays are `B N H D` in attention and `B H W C` for images and features.
 """
 
-from pallas_kernels.block_layout import BlockLayout
+from typing import TYPE_CHECKING
+
+import lazy_loader
+
+if TYPE_CHECKING:
+    from pallas_kernels.block_layout import BlockLayout
 
 __all__ = ["BlockLayout"]
+
+# Imported when first asked for: the names of choices need no numpy.
+__getattr__, __dir__, _ = lazy_loader.attach(
+    __name__, submod_attrs={"block_layout": ["BlockLayout"]}
+)

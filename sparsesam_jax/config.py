@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-Curve = Literal["morton", "hilbert", "raster", "random"]
-Layout = Literal["interleave", "contiguous"]
-Ranking = Literal["group", "block", "spread", "none"]
-Importance = Literal["sobel", "dispersion", "uniform", "random"]
-Features = Literal["keys", "input"]
-Split = Literal["balanced", "equal"]
+from sparsesam_jax.choices import (
+    Curve,
+    Features,
+    Importance,
+    Layout,
+    Ranking,
+    Split,
+    check_choice,
+)
 
 Grid = tuple[int, int]  # rows and columns of tokens
 
@@ -238,11 +241,6 @@ PRESETS: dict[str, SamConfig] = {
 }
 
 
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {value!r}")
-
-
 def _check_density(name: str, value: float | tuple[float, ...]) -> None:
     for density in value if isinstance(value, tuple) else (value,):
         if isinstance(density, bool) or not isinstance(density, int | float):
@@ -307,12 +305,12 @@ class Sparsity:
                 object.__setattr__(self, name, value)
             if value is not None:
                 _check_density(name, value)
-        _check_choice("split", self.split, Split)
-        _check_choice("curve", self.curve, Curve)
-        _check_choice("layout", self.layout, Layout)
-        _check_choice("ranking", self.ranking, Ranking)
-        _check_choice("importance", self.importance, Importance)
-        _check_choice("features", self.features, Features)
+        check_choice("split", self.split, Split)
+        check_choice("curve", self.curve, Curve)
+        check_choice("layout", self.layout, Layout)
+        check_choice("ranking", self.ranking, Ranking)
+        check_choice("importance", self.importance, Importance)
+        check_choice("features", self.features, Features)
         if self.per_head and (self.features != "keys" or self.ranking == "block"):
             raise ValueError(
                 "per_head needs features='keys' and a ranking of groups, "

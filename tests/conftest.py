@@ -18,6 +18,8 @@ os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
 # The same examples on every run, and no test fails for the time that a compilation takes.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
+# Many more, for a run of its own: `pytest --hypothesis-profile=thorough`.
+settings.register_profile("thorough", deadline=None, max_examples=2000)
 settings.load_profile("project")
 
 # What reads PyTorch's files or runs beside it is tested where it is: the extra `test` brings it.

@@ -9,8 +9,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,9 +25,9 @@ from sparsesam_jax import (
     Sparsity,
 )
 from sparsesam_jax.checkpoints import native
-from sparsesam_jax.cli import app as cli
-from sparsesam_jax.cli import demo
+from sparsesam_jax.cli import demo, segment
 from sparsesam_jax.cli.app import main
+from sparsesam_jax.predict import predictor as predictors
 from sparsesam_jax.predict.image_files import read_image
 
 CONFIG = SamConfig(
@@ -144,6 +145,85 @@ def test_every_box_is_a_prompt_with_all_points(capsys, tmp_path, tiny, photo):
     assert left == {"photo.png", "overlay.jpg", *(f"mask_{i}.png" for i in range(6))}
 
 
+def test_many_photos_one_object_each(capsys, tmp_path, tiny, photo):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.open(photo).save(folder / "a.png")
+    Image.open(photo).resize((45, 60)).save(folder / "b.jpg")
+    (folder / "c.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no photo")
+    options = ["--weights", tiny, "--point", "80", "30", "--out", str(tmp_path / "masks")]
+    args = [str(folder), f"{photo}*", str(tmp_path / "missing.png"), *options]
+    assert main(["segment", *args, "--json", "--overlay", str(tmp_path / "masks")]) == 1
+    text, errors = capsys.readouterr()
+    reports = [json.loads(line) for line in text.splitlines()]
+    names = [Path(report["image"]).name for report in reports]
+    assert names == ["a.png", "b.jpg", "c.png", "photo.png", "missing.png"]
+    assert "--point must lie in the 45 x 60 image, got 80 30" in reports[1]["error"]
+    assert "image must be a picture" in reports[2]["error"]
+    assert "image must be a file" in reports[4]["error"]
+    assert errors.count("left out: ") == 3
+    assert errors.endswith("3 of 5 photos left out\n")
+    masks, _, _ = expected_masks(
+        tiny,
+        photo,
+        point_coords=np.array([[80, 30]]),
+        point_labels=np.array([1]),
+        multimask_output=False,
+    )
+    for index, stem in ((0, "a"), (3, "photo")):
+        assert reports[index]["masks"][0]["path"] == str(tmp_path / "masks" / f"{stem}.png")
+        written = np.asarray(Image.open(tmp_path / "masks" / f"{stem}.png"))
+        np.testing.assert_array_equal(written > 0, masks[0])
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == {
+        *("a.png", "a_overlay.png", "photo.png", "photo_overlay.png"),
+    }
+    assert main(["segment", *args]) == 1
+    line = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r".*a\.png: 90 x 60, dense: scores -?\d\.\d{3}, areas \d+, wrote .*", line)
+
+
+def test_densities_are_segmented_one_after_another(capsys, tmp_path, tiny, photo):
+    out = tmp_path / "mask.png"
+    args = ["--density", "0.4", "1", photo, "--box", "20", "10", "60", "50", "--multimask"]
+    assert main(["segment", *args, "--weights", tiny, "--out", str(out), "--json"]) == 0
+    reports = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [report["density"] for report in reports] == [0.4, 1.0]
+    for report in reports:
+        paths = [mask["path"] for mask in report["masks"]]
+        stem = tmp_path / f"mask_{report['density']:g}"
+        assert paths == [f"{stem}_{index}.png" for index in range(3)]
+        masks, _, _ = expected_masks(tiny, photo, report["density"], box=np.array([20, 10, 60, 50]))
+        for path, mask in zip(paths, masks, strict=True):
+            np.testing.assert_array_equal(np.asarray(Image.open(path)) > 0, mask)
+
+
+def test_output_goes_through_a_link(capsys, tmp_path, tiny, photo):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "target.png", tmp_path / "link.png"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    report = segment_json(
+        capsys, photo, "--weights", tiny, "--point", "40", "30", "--out", str(link)
+    )
+    assert report["masks"][0]["path"] == str(link)
+    assert link.is_symlink()
+    assert Image.open(target).size == (WIDTH, HEIGHT)
+    assert [path.name for path in target.parent.iterdir()] == ["target.png"]
+
+
+@pytest.mark.parametrize("name", ["image_encoder.blocks.1.mlp.lin1.kernel", "mask_decoder"])
+def test_nan_in_weights_is_named(capsys, tmp_path, tiny, photo, name):
+    config, arrays = native.read(tiny)
+    arrays = {key: np.array(array) for key, array in arrays.items()}
+    name = next(key for key in arrays if key.startswith(name))
+    arrays[name].flat[0] = np.nan
+    native.write(tmp_path / "nan.safetensors", config, arrays)
+    args = ["segment", photo, "--weights", str(tmp_path / "nan.safetensors"), "--point", "1", "1"]
+    check_error(capsys, [*args, "--out", str(tmp_path / "m.png"), "--json"], f"infinity in {name}")
+    assert not (tmp_path / "m.png").exists()
+
+
 def test_segment_as_text_needs_no_output_file(capsys, tmp_path, tiny, photo):
     assert main(["segment", "--box", "5", "5", "50", "50", photo, "--weights", tiny]) == 0
     text = capsys.readouterr().out
@@ -153,9 +233,9 @@ def test_segment_as_text_needs_no_output_file(capsys, tmp_path, tiny, photo):
 
 def test_box_of_a_mask():
     mask = np.zeros((6, 8), bool)
-    assert cli._bounding_box(mask) is None
+    assert segment._bounding_box(mask) is None
     mask[2:5, 3] = True
-    assert cli._bounding_box(mask) == [3, 2, 4, 5]
+    assert segment._bounding_box(mask) == [3, 2, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -177,8 +257,15 @@ def test_box_of_a_mask():
         (["--point", "1", "1", "--density", "1.5"], "density must lie in (0, 1], got 1.5"),
         (["--point", "1", "1", "--density", "x"], "Invalid value for '--density'"),
         (["--point", "1", "1", "--weights", "nothing"], "nothing"),
-        (["--point", "1", "1", "--weights", "{photo}"], "no intact safetensors file"),
+        (["--point", "1", "1", "--weights", "{photo}"], "is neither a PyTorch checkpoint nor"),
         (["--point", "1", "1", "--out", "{folder}/none/mask.png"], "a folder that exists"),
+        (["--point", "1", "1", "--out", "/proc/m.png"], "can be written, got '/proc/m.png'"),
+        (["--point", "1", "1", "--out", "/proc/none"], "--out must be a folder, or a new one"),
+        (["{folder}", "{folder}/a.jpg", "--point", "1", "1", "--out", "m.png"], "--out must be a"),
+        (["{folder}", "--point", "1", "1", "--out", "{folder}"], "must be different files"),
+        (["{folder}/*.tif", "--point", "1", "1"], "must hold at least one photo, got none"),
+        (["--point", "1", "1", "--bits", "0"], "bits must lie in 1 to 32, got 0"),
+        (["--point", "1", "1", "--max-pixels", "9"], "at most max_pixels (9) pixels, got"),
         (["--point", "1", "1", "--out", "{photo}/mask.png"], "a folder that exists"),
         (["--point", "1", "1", "--out", "{folder}/mask.txt"], "must end in .png"),
         (["--point", "1", "1", "--out", "{folder}/mask.jpg"], "lossless"),
@@ -187,6 +274,7 @@ def test_box_of_a_mask():
         (["--point", "1", "1", "--out", "{folder}/a.png", "--overlay", "{folder}/a.png"], "twice"),
         (["--point", "1", "1", "--implementation", "cuda"], "'cuda' is not one of 'auto', 'xla'"),
         (["--point", "1", "1", "--dtype", "int8"], "'int8' is not one of 'float32'"),
+        (["--point", "1", "1", "--out", "--json"], "--out needs a value, got the option --json"),
         (["--unknown"], "No such option"),
     ],
 )
@@ -244,60 +332,15 @@ def test_weights_of_another_shape(capsys, tmp_path, tiny):
     check_error(capsys, ["info", str(path)], "1 missing (image_encoder.pos_embed)")
 
 
-def test_implementation_is_that_of_the_kernels(capsys, tiny, photo):
-    assert get_args(cli.Implementation) == get_args(implementation.Implementation)
+def test_kernels_where_they_cannot_run(capsys, tiny, photo):
     if implementation.device_problem() is not None:
         args = ["segment", photo, "--weights", tiny, "--point", "1", "1"]
         check_error(capsys, [*args, "--implementation", "mosaic_gpu"], "unsupported")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
-def test_images_of_every_mode(tmp_path, mode):
-    grey = np.tile(np.array([0, 255, 255, 0], np.uint8), (3, 1))
-    image = Image.fromarray(grey)
-    if mode in ("I", "I;16"):
-        wide = grey.astype(np.uint16) * 257
-        image = Image.fromarray(wide if mode == "I;16" else wide.astype(np.int32))
-        assert image.mode == mode
-    else:
-        image = image.convert(mode)
-    path = tmp_path / "image.tif"
-    image.save(path)
-    pixels = read_image(path)
-    assert pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels, np.repeat(grey[..., None], 3, -1))
-
-
-def test_transparency_lies_over_white(tmp_path):
-    pixels = np.zeros((2, 2, 4), np.uint8)
-    pixels[0, :, 3] = 255
-    Image.fromarray(pixels).save(tmp_path / "image.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "image.png")[:, 0, 0], [0, 255])
-    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.save(tmp_path / "palette.png", transparency=1)
-    read = read_image(tmp_path / "palette.png")
-    np.testing.assert_array_equal(read[0], [[10, 20, 30], [255, 255, 255]])
-
-
-def test_exif_orientation(tmp_path):
-    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
-    Image.fromarray(pixels).save(tmp_path / "image.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "image.png"), np.rot90(pixels, -1))
-
-
-def test_more_than_16_bits(tmp_path):
-    for values in (np.zeros((2, 2), np.float32), np.full((2, 2), 70000, np.int32)):
-        Image.fromarray(values).save(tmp_path / "image.tif")
-        with pytest.raises(ValueError, match="image must have 8 or 16 bits a channel"):
-            read_image(tmp_path / "image.tif")
-
-
 def test_info(capsys, tmp_path, tiny):
     picture = tmp_path / "layout.png"
-    assert main(["info", tiny, "--density", "0.4", "--density", "1", "--layout", str(picture)]) == 0
+    assert main(["info", "--density", "0.4", "1", tiny, "--layout", str(picture)]) == 0
     text = capsys.readouterr().out
     count = sum(int(np.prod(spec.shape)) for spec in native.parameter_shapes(CONFIG).values())
     assert f"{count:,} in " in text
@@ -338,7 +381,7 @@ def test_help_as_a_program():
 def test_demo_on_the_embedded_weights(capsys, tmp_path, monkeypatch):
     # A quarter of the tokens, and fewer calls: how long they take is not tested.
     predictor = functools.partial(SamPredictor, image_size=512)
-    monkeypatch.setattr(demo, "SamPredictor", predictor)
+    monkeypatch.setattr(predictors, "SamPredictor", predictor)
     monkeypatch.setattr(demo, "_WARM_CALLS", 1)
     picture = tmp_path / "overlay.png"
     assert main(["demo", "--out", str(picture)]) == 0
@@ -349,3 +392,28 @@ def test_demo_on_the_embedded_weights(capsys, tmp_path, monkeypatch):
     assert float(found[1]) > 0.8 and float(found[2]) > 0.9
     assert re.search(r"^density 0.4 +\d+\.\d\d s +\d+\.\d\d s$", text, re.MULTILINE)
     assert Image.open(picture).width > 1200
+
+
+TOKENS = [
+    *("--point", "--box", "--label", "--density", "--out", "--overlay", "--multimask", "--json"),
+    *("--bits", "--value-range", "--max-pixels", "--dtype", "--implementation", "--", "--help"),
+    *("40", "30", "-1", "0", "1", "1e400", "nan", "inf", "0x9", "", " ", "*", "[", "\0", "\ud800"),
+    *("float32", "xla", "mosaic_gpu", "{photo}", "{folder}", "{folder}/m.png", "{folder}/none/m"),
+    *("{folder}/broken.png", "99999999999999999999", "-", "~", "a" * 300 + ".png"),
+]
+
+
+@hypothesis.given(st.sampled_from(["segment", "info"]), st.lists(st.sampled_from(TOKENS)))
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_no_arguments_end_in_a_traceback(
+    capsys, tmp_path, monkeypatch, tiny, photo, command, tokens
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    args = [token.replace("{photo}", photo).replace("{folder}", str(tmp_path)) for token in tokens]
+    first = [tiny] if command == "info" else [photo, "--point", "40", "30", "--weights", tiny]
+    code = main([command, *first, *args])
+    error = capsys.readouterr().err
+    assert code in (0, 1, 2)
+    assert (code == 2) == error.startswith("error: ")
+    assert code != 2 or error.count("\n") == 1

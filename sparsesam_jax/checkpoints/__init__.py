@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING
 
 import lazy_loader
 
+from sparsesam_jax.choices import Dtype, Format
+
 if TYPE_CHECKING:
-    from sparsesam_jax.checkpoints.conversion import Dtype, convert_checkpoint, write_checkpoint
+    from sparsesam_jax.checkpoints.conversion import convert_checkpoint, write_checkpoint
     from sparsesam_jax.checkpoints.errors import ConversionError
     from sparsesam_jax.checkpoints.reading import Checkpoint, open_checkpoint
-    from sparsesam_jax.checkpoints.rules import Format
     from sparsesam_jax.checkpoints.sources import locate
 
 __all__ = [
@@ -25,10 +26,9 @@ __all__ = [
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "conversion": ["Dtype", "convert_checkpoint", "write_checkpoint"],
+        "conversion": ["convert_checkpoint", "write_checkpoint"],
         "errors": ["ConversionError"],
         "reading": ["Checkpoint", "open_checkpoint"],
-        "rules": ["Format"],
         "sources": ["locate"],
     },
 )

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -14,10 +14,8 @@ from sparsesam_jax.checkpoints import huggingface, native, rules
 from sparsesam_jax.checkpoints.errors import ConversionError
 from sparsesam_jax.checkpoints.native import TensorSpec
 from sparsesam_jax.checkpoints.reading import open_checkpoint
-from sparsesam_jax.checkpoints.rules import Format
+from sparsesam_jax.choices import Dtype, Format
 from sparsesam_jax.config import PRESETS, SamConfig
-
-Dtype = Literal["float32", "float16", "bfloat16"]
 
 _FORMAT_OF_SUFFIX: dict[str, Format] = {".pth": "meta", ".pt": "meta", ".safetensors": "native"}
 

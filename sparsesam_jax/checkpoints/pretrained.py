@@ -12,12 +12,12 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax.checkpoints import native
-from sparsesam_jax.checkpoints.conversion import Dtype, cast, write_checkpoint
+from sparsesam_jax.checkpoints.conversion import cast, write_checkpoint
 from sparsesam_jax.checkpoints.errors import few
 from sparsesam_jax.checkpoints.native import TensorSpec
 from sparsesam_jax.checkpoints.reading import Checkpoint, open_checkpoint
-from sparsesam_jax.checkpoints.rules import Format
 from sparsesam_jax.checkpoints.sources import locate
+from sparsesam_jax.choices import Dtype, Format
 from sparsesam_jax.config import SamConfig, Sparsity
 from sparsesam_jax.model.compiled import CompiledSam
 from sparsesam_jax.model.sam import Model, SamModel

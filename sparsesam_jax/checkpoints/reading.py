@@ -14,9 +14,10 @@ import numpy as np
 from sparsesam_jax.checkpoints import huggingface, native, rules
 from sparsesam_jax.checkpoints.errors import CONFIG_HINT, ConversionError, few, list_problems
 from sparsesam_jax.checkpoints.recognise import Hints, recognise
-from sparsesam_jax.checkpoints.rules import HUGGINGFACE_TIED, Format, TensorName
+from sparsesam_jax.checkpoints.rules import HUGGINGFACE_TIED, TensorName
 from sparsesam_jax.checkpoints.sources import CONFIG_NAME, Source, open_source, read_json
 from sparsesam_jax.checkpoints.wrapping import Unwrapped, unwrap
+from sparsesam_jax.choices import Format
 from sparsesam_jax.config import SamConfig
 
 _log = logging.getLogger(__name__)

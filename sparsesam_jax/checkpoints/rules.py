@@ -12,14 +12,13 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from sparsesam_jax.checkpoints.errors import ConversionError
+from sparsesam_jax.choices import Format
 from sparsesam_jax.config import SamConfig
-
-Format = Literal["native", "meta", "huggingface"]
 
 # A transform is the order that transposes PyTorch's axes to JAX's; `same` leaves them.
 TRANSFORMS: dict[str, tuple[int, ...] | None] = {

@@ -1,1 +1,1 @@
-"""The command line `sparsesam`: `app` puts together one module a group of commands."""
+"""The command line. Its modules start fast: commands import JAX when they run."""

@@ -1,4 +1,4 @@
-"""The command line: `python -m convert SRC DST`."""
+"""`sparsesam convert`, which is also `python -m convert`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from sparsesam_jax.checkpoints import Dtype, Format, convert_checkpoint
-from sparsesam_jax.config import SamConfig
+from sparsesam_jax.choices import Dtype, Format
+from sparsesam_jax.cli.program import run
 
 
-def convert_command(
+def convert(
     src: Annotated[
         Path, typer.Argument(help="Checkpoint: .pth, .safetensors or a Hugging Face folder.")
     ],
@@ -31,26 +31,24 @@ def convert_command(
     ] = None,
 ) -> None:
     """Convert a SAM or SAM-HQ checkpoint between Meta's, Hugging Face's and the native format."""
+    from sparsesam_jax.config import SamConfig
+
+    if not src.exists():
+        raise ValueError(f"SRC must be a checkpoint, got {str(src)!r}, which does not exist")
     given = None if config is None else SamConfig.from_json(config.read_text(encoding="utf-8"))
+    from sparsesam_jax.checkpoints import convert_checkpoint
+
     convert_checkpoint(src, dst, to=to, dtype=dtype, config=given, progress=True)
     typer.echo(f"wrote {dst}")
 
 
-app = typer.Typer(add_completion=False)
-app.command()(convert_command)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(convert)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, or 2 for wrong input."""
-    try:
-        arguments = None if args is None else [*args]
-        return app(args=arguments, prog_name="python -m convert", standalone_mode=False) or 0
-    except typer.TyperException as error:
-        message = error.format_message()
-    except (ValueError, OSError) as error:
-        message = str(error)
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    return 2
+    """Run the command alone; arguments and result as `sparsesam_jax.cli.app.main`."""
+    return run("sparsesam_jax.cli.convert", args, "python -m convert")
 
 
 if __name__ == "__main__":

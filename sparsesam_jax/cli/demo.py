@@ -5,21 +5,22 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-import jax
 import numpy as np
 import typer
-from jax.typing import DTypeLike
 from jaxtyping import Bool, UInt8
 
-from pallas_kernels.implementation import Implementation
-from sparsesam_jax.checkpoints.pretrained import Sam
-from sparsesam_jax.config import Sparsity
-from sparsesam_jax.predict.image_files import write_images
-from sparsesam_jax.predict.overlay import draw_masks, side_by_side
-from sparsesam_jax.predict.predictor import SamPredictor
+from sparsesam_jax.cli.options import (
+    DtypeOption,
+    ImplementationOption,
+    WeightsOption,
+    check_implementation,
+)
 from sparsesam_jax.predict.prompts import Prompt
+
+if TYPE_CHECKING:
+    from sparsesam_jax.checkpoints.pretrained import Sam
 
 # On scikit-image's coffee photo (600 x 400) the point is on the saucer, the box around the cup.
 PROMPTS = {
@@ -29,31 +30,42 @@ PROMPTS = {
 _WARM_CALLS = 3
 
 
-class Result(NamedTuple):
-    """Masks of one model, by the prompt's name, and the encoder's seconds."""
-
-    masks: dict[str, Bool[np.ndarray, "height width"]]
-    first_s: float
-    warm_s: float
-
-
-def run(
-    out: Path, density: float, weights: str, implementation: Implementation, dtype: DTypeLike
+def demo(
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("overlay.png"),
+    density: Annotated[float, typer.Option(help="What the sparse model keeps, (0, 1].")] = 0.4,
+    weights: WeightsOption = "vit_t",
+    implementation: ImplementationOption = "auto",
+    dtype: DtypeOption = "float32",
 ) -> None:
-    """Segment the photo with both models, print times and agreement and write the overlay."""
+    """Segment a photo from a point and from a box, dense and sparse, and compare.
+
+    Prints the encoder's time with and without compilation and the IoU of dense and sparse masks.
+    The overlay shows both models side by side: blue the point's mask, yellow the box's.
+    """
+    from sparsesam_jax.checkpoints.sources import locate
+    from sparsesam_jax.config import Sparsity
+    from sparsesam_jax.predict.image_files import check_writable, write_images
+
+    check_writable(out)
+    sparsity = Sparsity(density)
+    locate(weights)
+    check_implementation(implementation, "demo")
+
+    import jax
     from skimage import data
 
-    sparsity = Sparsity(density)
+    from sparsesam_jax.checkpoints.pretrained import Sam
+    from sparsesam_jax.predict.overlay import draw_masks, side_by_side
+
     image = data.coffee()
     dense = Sam.from_pretrained(weights, dtype=dtype, implementation=implementation)
     models = {"dense": dense, f"density {density:g}": dense.with_sparsity(sparsity)}
-    device = jax.devices()[0]
     typer.echo(
         f"coffee (scikit-image, CC0), {image.shape[1]} x {image.shape[0]} pixels; "
-        f"{weights} in {np.dtype(dtype).name} on {device.device_kind}, jax {jax.__version__}"
+        f"{weights} in {dtype} on {jax.devices()[0].device_kind}, jax {jax.__version__}"
     )
     typer.echo(f"{'image encoder':16}{'first call, compiles':>22}{'warm (median of 3)':>22}")
-    results: list[Result] = []
+    results: list[_Result] = []
     for title, model in models.items():
         results.append(_segment(model, image))
         typer.echo(f"{title:16}{results[-1].first_s:20.2f} s{results[-1].warm_s:20.2f} s")
@@ -69,8 +81,19 @@ def run(
     typer.echo(f"wrote {out}")
 
 
-def _segment(sam: Sam, image: UInt8[np.ndarray, "height width 3"]) -> Result:
-    predictor = SamPredictor(sam)
+class _Result(NamedTuple):
+    """Masks of one model, by the prompt's name, and the encoder's seconds."""
+
+    masks: dict[str, Bool[np.ndarray, "height width"]]
+    first_s: float
+    warm_s: float
+
+
+def _segment(sam: Sam, image: UInt8[np.ndarray, "height width 3"]) -> _Result:
+    from sparsesam_jax.predict import predictor as predictors
+    from sparsesam_jax.predict.finite import check_finite
+
+    predictor = predictors.SamPredictor(sam)
     seconds = []
     for _ in range(1 + _WARM_CALLS):
         start = time.perf_counter()
@@ -81,9 +104,10 @@ def _segment(sam: Sam, image: UInt8[np.ndarray, "height width 3"]) -> Result:
     for name, prompt in PROMPTS.items():
         # A point is ambiguous, so the proposal with the best score is taken; likewise for the box,
         # which then shares the compilation.
-        proposals, scores, _ = predictor.predict(**prompt.arguments, multimask_output=True)
-        masks[name] = proposals[scores.argmax()]
-    return Result(masks, seconds[0], statistics.median(seconds[1:]))
+        proposals, *rest = predictor.predict(**prompt.arguments, multimask_output=True)
+        check_finite(sam, *rest)
+        masks[name] = proposals[rest[0].argmax()]
+    return _Result(masks, seconds[0], statistics.median(seconds[1:]))
 
 
 def _iou(a: Bool[np.ndarray, "*shape"], b: Bool[np.ndarray, "*shape"]) -> float:

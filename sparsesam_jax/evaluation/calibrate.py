@@ -35,7 +35,6 @@ from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.evaluation.sparsity_file import write_sparsity
 from sparsesam_jax.model.image_encoder import ImageEncoder
 from sparsesam_jax.model.transforms import normalise, resize_and_pad
-from sparsesam_jax.predict.image_files import read_image
 from sparsesam_jax.sparsity.plan import Rankings, check_sparsity, encoder_plan
 from sparsesam_jax.sparsity.split import block_densities
 from sparsesam_jax.sparsity.work import BlockWork, encoder_work
@@ -187,15 +186,14 @@ def calibrate(
 def run(
     sam: Sam,
     sparsity: Sparsity,
-    paths: Sequence[Path],
+    photos: Sequence[np.ndarray],
     out: Path,
     console: Console,
     *,
     probes: int,
     seed: int,
 ) -> Sparsity:
-    """Calibrate on photos on disk, write the JSON, print the densities."""
-    photos = [read_image(path) for path in paths]
+    """Calibrate on photos, write the JSON, print the densities."""
     found = calibrate(
         sam, sparsity, track(photos, "measuring", console=console), probes=probes, seed=seed
     )

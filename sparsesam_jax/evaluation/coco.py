@@ -23,17 +23,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from pallas_kernels.implementation import Implementation
-from sparsesam_jax import methods
-from sparsesam_jax.checkpoints.atomic import atomic_path
-from sparsesam_jax.checkpoints.pretrained import Sam, locate
+from sparsesam_jax.checkpoints.atomic import atomic_path, check_folder
+from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.evaluation.candidates import DENSE, Candidate
 from sparsesam_jax.evaluation.coco_masks import Detection, ImageMasks, MaskFile
-from sparsesam_jax.evaluation.run_settings import settle
-from sparsesam_jax.predict.image_files import read_image
+from sparsesam_jax.evaluation.runs import RunOptions, write_json
+from sparsesam_jax.predict.finite import check_finite
 from sparsesam_jax.predict.predictor import SamPredictor
 
-_BOXES = 32  # prompts of a decoder call
 _STATISTICS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}
 
 
@@ -59,41 +56,27 @@ class CocoSummary(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to measure and how.
+class Options(RunOptions):
+    """What `sparsesam evaluate-coco` measures; dense is measured too.
 
     Attributes:
         annotations: COCO's instances, JSON.
         detections: A detector's results in COCO's format, JSON.
         images: Folder with the images that the annotations name.
-        candidates: Methods and densities; dense is measured too.
-        out: Folder for the results.
-        weights: Name or path of the weights.
-        dtype: What is computed in.
-        implementation: As for `Sam`.
         limit: Only the first so many images of the annotations; the release took 500.
         min_score: Detections below it are left out.
-        resume: Whether to continue what `out` holds.
     """
 
     annotations: Path
     detections: Path
     images: Path
-    candidates: tuple[Candidate, ...]
-    out: Path
-    weights: str = "vit_t"
-    dtype: str = "float32"
-    implementation: Implementation = "auto"
     limit: int | None = None
     min_score: float = 0.0
-    resume: bool = False
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be positive, got {self.limit}")
-        for candidate in self.candidates:
-            if candidate.sparsity is None:
-                methods.check(candidate.method, candidate.density)
+        super().__post_init__()
 
 
 class Item(NamedTuple):
@@ -104,10 +87,17 @@ class Item(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a run found: one summary a candidate, and what was wrong with images left out."""
+    """What a run found.
+
+    Attributes:
+        summaries: One a candidate.
+        problems: What was wrong with an image that was left out, by its name.
+        images: Images that were asked for.
+    """
 
     summaries: list[CocoSummary]
     problems: dict[str, str]
+    images: int
 
 
 def check_pycocotools() -> None:
@@ -129,22 +119,23 @@ def run(options: Options, console: Console) -> Report:
     check_pycocotools()
     truth = _load_truth(options.annotations)
     items = _items(options, truth)
-    sam = Sam.from_pretrained(
-        options.weights, dtype=options.dtype, implementation=options.implementation
-    )
-    if not options.out.absolute().parent.is_dir():
-        raise ValueError(f"out must be a new folder in a folder, got {str(options.out)!r}")
+    check_folder(options.out)
+    sam = options.sam()
     problems: dict[str, str] = {}
-    usable = [item for item in items if _is_usable(options.images, item, problems)]
+    usable = [item for item in items if _is_usable(options, item, problems)]
     if not usable:
         raise ValueError(f"at least one of {len(items)} images must be usable: {problems}")
-    settle(options.out, _settings(options, items), resume=options.resume)
+    own = {
+        "min_score": options.min_score,
+        "detections": hashlib.sha256(options.detections.read_bytes()).hexdigest(),
+    }
+    options.settle([item.record["id"] for item in items], own)
     found: dict[Candidate, CocoSummary] = {}
     for candidate in [DENSE, *(c for c in options.candidates if not c.is_dense)]:
         images = _measure(options, candidate, sam, usable, console)
         results = [result for image in images for result in image.results]
         with atomic_path(options.out / f"{_file_stem(candidate)}.json") as path:
-            path.write_text(json.dumps(results) + "\n", "utf-8")
+            path.write_text(json.dumps(results, allow_nan=False) + "\n", "utf-8")
         statistics = average_precision(truth, results, [image.image for image in images])
         base = found.get(DENSE)
         seconds = [image.seconds for image in images]
@@ -160,11 +151,10 @@ def run(options: Options, console: Console) -> Report:
             gmacs=candidate.gmacs(sam.config.image_encoder),
         )
     summaries = list(found.values())
-    for name, value in (("summary.json", summaries), ("problems.json", problems)):
-        with atomic_path(options.out / name) as path:
-            path.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
+    write_json(options.out / "summary.json", summaries)
+    write_json(options.out / "problems.json", problems)
     console.print(table(summaries))
-    return Report(summaries, problems)
+    return Report(summaries, problems, len(items))
 
 
 def _measure(
@@ -172,64 +162,44 @@ def _measure(
 ) -> list[ImageMasks]:
     """The masks of all images, of which those that are on disk already are not found again."""
     file = MaskFile(options.out / f"{_file_stem(candidate)}.jsonl", resume=options.resume)
-    todo = [item for item in items if item.record["id"] not in file.images]
+    todo = [item for item in items if item.record["id"] not in file.found]
     predictor = SamPredictor(candidate.model(sam))
     compiled = True  # the first image compiles
     for item in track(todo, f"{candidate.method} {candidate.density:g}", console=console):
-        image = read_image(options.images / item.record["file_name"])
+        image = options.reader.read(options.images / item.record["file_name"])
         start = time.perf_counter()
         results = segment(predictor, image, item.detections)
         seconds = time.perf_counter() - start
         found = ImageMasks(
             image=item.record["id"], results=results, seconds=seconds, compiled=compiled
         )
-        file.append(found)
+        file.append([found])
         compiled = False
-    return [file.images[item.record["id"]] for item in items]
+    return [file.found[item.record["id"]] for item in items]
 
 
 def _file_stem(candidate: Candidate) -> str:
     return f"{candidate.method}_{candidate.density:g}"
 
 
-def _settings(options: Options, items: Sequence[Item]) -> dict[str, Any]:
-    """What the masks in one folder must share."""
-    return {
-        "weights": options.weights,
-        "weights_bytes": locate(options.weights).stat().st_size,
-        "dtype": options.dtype,
-        "implementation": options.implementation,
-        "min_score": options.min_score,
-        "sparsities": {
-            candidate.method: dataclasses.asdict(candidate.sparsity)
-            for candidate in options.candidates
-            if candidate.sparsity is not None
-        },
-        "detections": hashlib.sha256(options.detections.read_bytes()).hexdigest(),
-        "images": [item.record["id"] for item in items],
-    }
-
-
 def segment(
     predictor: SamPredictor, image: np.ndarray, detections: Sequence[Detection]
 ) -> list[Detection]:
     """COCO results of one image: every detection with the mask that its box asks for."""
-    from pycocotools import mask as coco_mask
-
     if not detections:
         return []
     corners = np.array([detection["bbox"] for detection in detections], np.float64)
     corners[:, 2:] += corners[:, :2]
     predictor.set_image(image)
+    masks: Any
+    masks, *rest = predictor.predict(box=corners, multimask_output=False, mask_format="rle")
+    check_finite(predictor.sam, *rest)
     results = []
-    for start in range(0, len(corners), _BOXES):
-        boxes = corners[start : start + _BOXES]
-        masks, _, _ = predictor.predict(box=boxes, multimask_output=False)
-        for detection, mask in zip(detections[start:], masks[:, 0], strict=False):
-            encoded: Any = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            rle = {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
-            kept = {key: detection[key] for key in ("image_id", "category_id", "score")}
-            results.append(kept | {"segmentation": rle})
+    # One box gives the list of its masks, several a list of these.
+    for detection, (mask,) in zip(detections, masks if len(masks) > 1 else [masks], strict=True):
+        kept = {key: detection[key] for key in ("image_id", "category_id", "score")}
+        rle = {"size": mask["size"], "counts": mask["counts"].decode("ascii")}
+        results.append(kept | {"segmentation": rle})
     return results
 
 
@@ -313,11 +283,11 @@ def _items(options: Options, truth: Any) -> list[Item]:
     return [Item(record, of_image.get(record["id"], [])) for record in records]
 
 
-def _is_usable(folder: Path, item: Item, problems: dict[str, str]) -> bool:
+def _is_usable(options: Options, item: Item, problems: dict[str, str]) -> bool:
     """Whether the image can be read and has its annotated size; else the problem is noted."""
     record = item.record
     try:
-        size = read_image(folder / record["file_name"]).shape[:2]
+        size = options.reader.read(options.images / record["file_name"]).shape[:2]
     except ValueError as error:
         problems[record["file_name"]] = str(error)
         return False

@@ -1,13 +1,13 @@
-"""A method's masks of COCO images on disk: a file that a killed run leaves usable."""
+"""A method's masks of COCO images on disk."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from sparsesam_jax.checkpoints.atomic import atomic_path
+from sparsesam_jax.evaluation.results_file import ResultsFile
 
 Detection = dict[str, Any]  # COCO's: image_id, category_id, score and bbox x y w h or segmentation
 
@@ -29,42 +29,22 @@ class ImageMasks:
     compiled: bool
 
 
-class MaskFile:
-    """The masks that are found so far, in memory and on disk, one JSON object a line.
+class MaskFile(ResultsFile[ImageMasks]):
+    """The masks that are found so far, one JSON object a line."""
 
-    Args:
-        path: The file.
-        resume: Whether to keep what it holds. A last line that was cut is dropped.
+    def key(self, result: ImageMasks) -> Any:
+        """The image's id."""
+        return result.image
 
-    Raises:
-        ValueError: The file holds something else.
-    """
+    def line(self, result: ImageMasks) -> str:
+        """The object."""
+        return json.dumps(dataclasses.asdict(result), allow_nan=False) + "\n"
 
-    def __init__(self, path: Path, *, resume: bool):
-        self.path = path
-        self.images: dict[Any, ImageMasks] = {}
-        if resume and path.exists():
-            self.images = {found.image: found for found in _read(path)}
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(map(_line, self.images.values())), "utf-8")
-
-    def append(self, found: ImageMasks) -> None:
-        """Add an image in one write."""
-        self.images[found.image] = found
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line(found))
-
-
-def _line(found: ImageMasks) -> str:
-    return json.dumps(dataclasses.asdict(found)) + "\n"
-
-
-def _read(path: Path) -> list[ImageMasks]:
-    text = path.read_text("utf-8")
-    found = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        try:
-            found.append(ImageMasks(**json.loads(line)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: no image of a run: {error}") from error
-    return found
+    def read(self, text: str) -> Iterator[ImageMasks]:
+        """The objects."""
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                yield ImageMasks(**json.loads(line))
+            except (TypeError, ValueError) as error:
+                place = f"{self.path}, line {number}"
+                raise ValueError(f"{place}: no image of a run: {error}") from error

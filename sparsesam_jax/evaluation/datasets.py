@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from sparsesam_jax.predict.image_files import read_image
+from sparsesam_jax.predict.image_files import DEFAULT_READER, PhotoReader
 
 _FOREGROUND = 128  # ground truth is what is brighter
 
@@ -85,8 +85,12 @@ def dataset_pairs(name: str, root: Path) -> list[Pair]:
     )
 
 
-def read_photo(pair: Pair) -> Photo:
+def read_photo(pair: Pair, reader: PhotoReader = DEFAULT_READER) -> Photo:
     """Decode a photo and its mask; ground truth is above 128.
+
+    Args:
+        pair: Where they are.
+        reader: How both are read.
 
     Raises:
         ValueError: One is missing or broken, their sizes differ, or the mask is empty.
@@ -95,8 +99,8 @@ def read_photo(pair: Pair) -> Photo:
         missing = "image" if pair.image is None else "mask"
         raise ValueError(f"{pair.name} has no {missing}")
     # Ground truth is drawn on the stored pixels, so it is read as the photo is: upright.
-    image = read_image(pair.image)
-    grey = _read_grey(pair.mask)
+    image = reader.read(pair.image)
+    grey = np.asarray(Image.fromarray(reader.read(pair.mask)).convert("L"))
     if image.shape[:2] != grey.shape:
         raise ValueError(
             f"the mask of {pair.name} must have its photo's size {image.shape[:2]}, "
@@ -106,10 +110,6 @@ def read_photo(pair: Pair) -> Photo:
     if not mask.any():
         raise ValueError(f"the mask of {pair.name} must have foreground, got none above 128")
     return Photo(name=pair.name, image=image, mask=mask, grey_mask=grey)
-
-
-def _read_grey(path: Path) -> np.ndarray:
-    return np.asarray(Image.fromarray(read_image(path)).convert("L"))
 
 
 def _by_stem(argument: str, folder: Path) -> dict[str, Path]:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sparsesam_jax.checkpoints.atomic import atomic_path
-from sparsesam_jax.checkpoints.pretrained import locate
+from sparsesam_jax.checkpoints.atomic import check_folder
 from sparsesam_jax.evaluation import pictures, plots
 from sparsesam_jax.evaluation import summary as summaries
 from sparsesam_jax.evaluation.candidates import Candidate
 from sparsesam_jax.evaluation.datasets import Pair
 from sparsesam_jax.evaluation.rows import RowFile
-from sparsesam_jax.evaluation.run_settings import settle
 from sparsesam_jax.evaluation.runner import Evaluation, Options, Report
+from sparsesam_jax.evaluation.runs import write_json
 
 
 def run(options: Options, pairs: Sequence[Pair], console: Console) -> Report:
@@ -35,40 +31,20 @@ def run(options: Options, pairs: Sequence[Pair], console: Console) -> Report:
     plots.check_matplotlib()
     evaluation = Evaluation(options, pairs)
     out = options.out
-    if not out.absolute().parent.is_dir() or (out.exists() and not out.is_dir()):
-        raise ValueError(f"out must be a folder, or a new one in a folder, got {str(out)!r}")
-    settle(out, _settings(options, pairs), resume=options.resume)
+    check_folder(out)
+    own = {"prompts": options.prompts, "protocol": options.protocol, "batch": options.batch}
+    options.settle([pair.name for pair in pairs], own)
     file = RowFile(out / "rows.csv", resume=options.resume)
     total = len(evaluation.predictors) * len(pairs)
     with _progress(console, total) as advance:
         evaluation.measure(file, advance)
-    with atomic_path(out / "problems.json") as temporary:
-        temporary.write_text(json.dumps(evaluation.problems, indent=1) + "\n", "utf-8")
+    write_json(out / "problems.json", evaluation.problems)
     report = evaluation.report(file)
-    summaries.write(out / "summary.json", report.summaries)
+    write_json(out / "summary.json", report.summaries)
     plots.quality_by_density(report.summaries, out / "quality.png")
     pictures.write_extremes(evaluation, file, out)
     console.print(summaries.table(report.summaries))
     return report
-
-
-def _settings(options: Options, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """What rows of one file must share."""
-    return {
-        "weights": options.weights,
-        "weights_bytes": locate(options.weights).stat().st_size,
-        "prompts": options.prompts,
-        "protocol": options.protocol,
-        "batch": options.batch,
-        "dtype": options.compute_dtype,
-        "implementation": options.implementation,
-        "sparsities": {
-            candidate.method: dataclasses.asdict(candidate.sparsity)
-            for candidate in options.candidates
-            if candidate.sparsity is not None
-        },
-        "images": [pair.name for pair in pairs],
-    }
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ Every figure is a picture and a JSON with the numbers in it:
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -26,11 +25,13 @@ from PIL import Image
 from scipy import stats
 
 from pallas_kernels import BlockLayout
-from sparsesam_jax.checkpoints.atomic import atomic_path
+from sparsesam_jax.checkpoints.atomic import atomic_path, check_folder
 from sparsesam_jax.checkpoints.pretrained import Sam
-from sparsesam_jax.config import Curve, Importance, Sparsity
+from sparsesam_jax.choices import Curve, FigureKind, Importance, check_choice
+from sparsesam_jax.config import Sparsity
 from sparsesam_jax.evaluation.metrics import iou, relative_error
 from sparsesam_jax.evaluation.plots import check_matplotlib
+from sparsesam_jax.evaluation.runs import write_json
 from sparsesam_jax.methods.sequences import (
     Sequences,
     block_sequences,
@@ -42,7 +43,6 @@ from sparsesam_jax.methods.sequences import (
 from sparsesam_jax.model.image_encoder import ImageEncoder
 from sparsesam_jax.model.layers import add
 from sparsesam_jax.model.transforms import normalise, resize_and_pad
-from sparsesam_jax.predict.image_files import read_image
 from sparsesam_jax.predict.overlay import draw_masks, side_by_side
 from sparsesam_jax.predict.predictor import SamPredictor
 from sparsesam_jax.predict.prompts import Prompt
@@ -74,29 +74,25 @@ class Trace(NamedTuple):
     permuted: Float[Array, "blocks blocks"]
 
 
-def draw(kind: str, sam: Sam, paths: Sequence[Path], out: Path, densities: Sequence[float]) -> None:
+def draw(kind: FigureKind, sam: Sam, photos: Photos, out: Path, densities: Sequence[float]) -> None:
     """Draw one figure into a folder.
 
     Args:
-        kind: One of `KINDS`.
+        kind: Which.
         sam: A dense model.
-        paths: The photos.
+        photos: By name.
         out: The folder, which is made.
         densities: Of `orders` and `extreme`; `attention` shows the layout of the first.
 
     Raises:
-        ValueError: There is no such figure, or a photo or the folder is not as it must be.
+        ValueError: There is no such figure, or the folder is not as it must be.
     """
-    if kind not in KINDS:
-        raise ValueError(f"figure must be one of {', '.join(KINDS)}; got {kind!r}")
+    check_choice("figure", kind, FigureKind)
     check_matplotlib()
-    photos = {path.stem: read_image(path) for path in paths}
-    if not out.absolute().parent.is_dir() or (out.exists() and not out.is_dir()):
-        raise ValueError(f"out must be a folder, or a new one in a folder, got {str(out)!r}")
+    check_folder(out)
     out.mkdir(exist_ok=True)
     numbers = KINDS[kind](sam, photos, out, densities)
-    with atomic_path(out / f"{kind}.json") as temporary:
-        temporary.write_text(json.dumps(numbers, indent=1) + "\n", "utf-8")
+    write_json(out / f"{kind}.json", numbers)
 
 
 def trace(encoder: ImageEncoder, pixels: Float[Array, "1 H W 3"]) -> Trace:
@@ -277,7 +273,7 @@ def _extreme(sam: Sam, photos: Photos, out: Path, densities: Sequence[float]) ->
     return numbers
 
 
-KINDS: dict[str, Callable[[Sam, Photos, Path, Sequence[float]], Any]] = {
+KINDS: dict[FigureKind, Callable[[Sam, Photos, Path, Sequence[float]], Any]] = {
     "update-norms": _update_norms,
     "correlation": _correlation,
     "attention": _attention,

@@ -46,7 +46,7 @@ def _picture(evaluation: Evaluation, file: RowFile, candidate: Candidate) -> Ima
     pairs = {pair.name: pair for pair in evaluation.pairs if pair.name not in evaluation.problems}
 
     def row(of: Candidate, name: str):
-        return file.rows[(*of[:2], name)]
+        return file.found[(*of[:2], name)]
 
     change = {name: row(candidate, name).iou - row(DENSE, name).iou for name in pairs}
     ranked = sorted(change, key=lambda name: (change[name], name))

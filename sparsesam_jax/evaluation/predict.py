@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparsesam_jax.evaluation.datasets import Photo
 from sparsesam_jax.evaluation.protocols import Protocol, Query
+from sparsesam_jax.predict.finite import check_finite
 from sparsesam_jax.predict.predictor import SamPredictor
 
 
@@ -47,19 +48,23 @@ def predict(
         queries: What `protocol` makes of each photo.
         protocol: How logits become masks.
         batch: Images of a call.
+
+    Raises:
+        ValueError: The prediction holds NaN.
     """
     start = time.perf_counter()
     filled = list(itertools.islice(itertools.cycle(queries), batch))
     predictor = copy.copy(predictor)
     predictor.set_image_batch([query.image for query in filled])
     arguments = [query.prompt.arguments for query in filled]
-    logits, _, low_res = predictor.predict_batch(
+    logits, iou, low_res = predictor.predict_batch(
         [prompt["point_coords"] for prompt in arguments],
         [prompt["point_labels"] for prompt in arguments],
         [prompt["box"] for prompt in arguments],
         multimask_output=False,
         return_logits=True,
     )
+    check_finite(predictor.sam, *iou, *low_res)
     masks = [
         protocol.mask(photo, whole[0], small[0])
         for photo, whole, small in zip(photos, logits, low_res, strict=False)

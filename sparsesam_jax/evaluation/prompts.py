@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 from jaxtyping import Bool, Float, Num
 from scipy import ndimage
 
+from sparsesam_jax.choices import PromptKind, check_choice
 from sparsesam_jax.predict.prompts import Prompt
-
-PromptKind = Literal["box", "point", "points3", "box+point"]
-
-
-def check_kind(kind: str) -> None:
-    """Raise ValueError unless this is a kind of prompt."""
-    if kind not in get_args(PromptKind):
-        raise ValueError(f"prompts must be one of {', '.join(get_args(PromptKind))}; got {kind!r}")
 
 
 def mask_box(
@@ -56,7 +47,7 @@ def mask_prompt(
         kind: `box`, `point`, `points3` or `box+point`.
         inclusive: As for `mask_box`.
     """
-    check_kind(kind)
+    check_choice("prompts", kind, PromptKind)
     count = {"box": 0, "point": 1, "points3": 3, "box+point": 1}[kind]
     box = mask_box(mask, inclusive=inclusive) if kind.startswith("box") else None
     return Prompt(mask_points(mask, count), np.ones(count, np.int32), box)

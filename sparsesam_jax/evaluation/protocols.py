@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Num, UInt8
 
+from sparsesam_jax.choices import PromptKind, ProtocolName, check_choice
 from sparsesam_jax.evaluation.datasets import Photo
-from sparsesam_jax.evaluation.prompts import PromptKind, mask_prompt
+from sparsesam_jax.evaluation.prompts import mask_prompt
 from sparsesam_jax.model.transforms import MASK_THRESHOLD
 from sparsesam_jax.predict.prompts import Prompt
-
-ProtocolName = Literal["sam", "hq44k", "release"]
 
 
 class Query(NamedTuple):
@@ -82,10 +81,8 @@ def make_protocol(name: str, image_size: int) -> Protocol:
     Raises:
         ValueError: There is none.
     """
-    for known in get_args(ProtocolName):
-        if name == known:
-            return Protocol(known, image_size)
-    raise ValueError(f"protocol must be one of {', '.join(get_args(ProtocolName))}; got {name!r}")
+    check_choice("protocol", name, ProtocolName)
+    return Protocol(cast(ProtocolName, name), image_size)
 
 
 def bilinear(

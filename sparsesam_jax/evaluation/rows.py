@@ -1,15 +1,14 @@
-"""Per-image results on disk: a CSV that a killed run leaves usable."""
+"""Per-image results of `sparsesam evaluate`."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from sparsesam_jax.checkpoints.atomic import atomic_path
+from sparsesam_jax.evaluation.results_file import ResultsFile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,66 +41,37 @@ class Row:
     seconds: float
     compiled: bool
 
-    @property
-    def key(self) -> tuple[str, float, str]:
-        """What tells rows of one run apart."""
-        return (self.method, self.density, self.image)
-
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Row))
 _NUMBERS = ("density", "iou", "boundary_iou", "agreement", "feature_error", "seconds")
 
 
-class RowFile:
-    """The rows of a run, in memory and on disk, in the order in which they were measured.
+class RowFile(ResultsFile[Row]):
+    """The rows of a run as a CSV."""
 
-    Args:
-        path: The CSV.
-        resume: Whether to keep what it holds. A last line that was cut is dropped.
+    header = ",".join(_FIELDS) + "\n"
 
-    Raises:
-        ValueError: The file holds something else.
-    """
+    def key(self, result: Row) -> tuple[str, float, str]:
+        """Method, density and image."""
+        return (result.method, result.density, result.image)
 
-    def __init__(self, path: Path, *, resume: bool):
-        self.path = path
-        self.rows: dict[tuple[str, float, str], Row] = {}
-        if resume and path.exists():
-            self.rows = {row.key: row for row in _read(path)}
-        with atomic_path(path) as temporary:
-            temporary.write_text(_text([], header=True) + _text(self.rows.values()), "utf-8")
+    def line(self, result: Row) -> str:
+        """The row, floats by their shortest exact text."""
+        buffer = io.StringIO()
+        values = dataclasses.asdict(result) | {"compiled": int(result.compiled)}
+        csv.writer(buffer, lineterminator="\n").writerow(values.values())
+        return buffer.getvalue()
 
-    def append(self, rows: Iterable[Row]) -> None:
-        """Add rows in one write; those that are there already stay as they are."""
-        new = {row.key: row for row in rows if row.key not in self.rows}
-        self.rows |= new
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write(_text(new.values()))
-
-
-def _text(rows: Iterable[Row], *, header: bool = False) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    if header:
-        writer.writerow(_FIELDS)
-    for row in rows:
-        values = dataclasses.asdict(row) | {"compiled": int(row.compiled)}
-        writer.writerow(values.values())  # floats by their shortest exact text
-    return buffer.getvalue()
-
-
-def _read(path: Path) -> list[Row]:
-    text = path.read_text("utf-8")
-    lines = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(io.StringIO(lines))
-    if tuple(reader.fieldnames or ()) != _FIELDS:
-        raise ValueError(f"{path} must have the columns {', '.join(_FIELDS)}")
-    rows = []
-    for values in reader:
-        try:
-            numbers = {name: float(values[name]) for name in _NUMBERS}
-            typed: dict[str, Any] = {**values, **numbers, "compiled": values["compiled"] == "1"}
-            rows.append(Row(**typed))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {reader.line_num}: no row of a run: {error}") from error
-    return rows
+    def read(self, text: str) -> Iterator[Row]:
+        """The rows below the header."""
+        reader = csv.DictReader(io.StringIO(text))
+        if tuple(reader.fieldnames or ()) != _FIELDS:
+            raise ValueError(f"{self.path} must have the columns {', '.join(_FIELDS)}")
+        for values in reader:
+            try:
+                numbers = {name: float(values[name]) for name in _NUMBERS}
+                typed: dict[str, Any] = {**values, **numbers, "compiled": values["compiled"] == "1"}
+                yield Row(**typed)
+            except (TypeError, ValueError) as error:
+                place = f"{self.path}, line {reader.line_num}"
+                raise ValueError(f"{place}: no row of a run: {error}") from error

@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from pallas_kernels.implementation import Implementation
-from sparsesam_jax import methods
-from sparsesam_jax.checkpoints.pretrained import Sam
+from sparsesam_jax.choices import Dtype, PromptKind, ProtocolName, check_choice
 from sparsesam_jax.evaluation import summary as summaries
 from sparsesam_jax.evaluation.candidates import DENSE, Candidate
 from sparsesam_jax.evaluation.datasets import Pair, Photo, read_photo
 from sparsesam_jax.evaluation.metrics import boundary_iou, iou, relative_error
 from sparsesam_jax.evaluation.predict import Predictions, predict
-from sparsesam_jax.evaluation.prompts import PromptKind, check_kind
 from sparsesam_jax.evaluation.protocols import Protocol, make_protocol
 from sparsesam_jax.evaluation.rows import Row, RowFile
+from sparsesam_jax.evaluation.runs import RunOptions
 from sparsesam_jax.evaluation.summary import Summary
 from sparsesam_jax.predict.predictor import SamPredictor
 
@@ -28,45 +25,28 @@ _READERS = 4  # threads that decode the photos of a batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to measure and how.
+class Options(RunOptions):
+    """What `sparsesam evaluate` measures and how.
 
     Attributes:
-        candidates: Methods and densities, in the order of the summary.
-        out: Folder for the results.
-        weights: Name or path of the weights.
         prompts: Kind of prompt, taken from the ground truth.
         protocol: Name of the protocol.
         batch: Images a call.
-        dtype: What is computed in; None is what the protocol has.
-        implementation: As for `Sam`.
-        resume: Whether to continue what `out` holds.
     """
 
-    candidates: tuple[Candidate, ...]
-    out: Path
-    weights: str = "vit_t"
     prompts: PromptKind = "box"
-    protocol: str = "sam"
+    protocol: ProtocolName = "sam"
     batch: int = 8
-    dtype: str | None = None
-    implementation: Implementation = "auto"
-    resume: bool = False
 
     def __post_init__(self) -> None:
-        check_kind(self.prompts)
-        make_protocol(self.protocol, 1)
+        check_choice("prompts", self.prompts, PromptKind)
+        check_choice("protocol", self.protocol, ProtocolName)
         if self.batch < 1:
             raise ValueError(f"batch must be positive, got {self.batch}")
-        names = [(candidate.method, candidate.density) for candidate in self.candidates]
-        if not names or len(names) != len(set(names)):
-            raise ValueError(f"every method and density must be given once, got {names}")
-        for candidate in self.candidates:
-            if candidate.sparsity is None:
-                methods.check(candidate.method, candidate.density)
+        super().__post_init__()
 
     @property
-    def compute_dtype(self) -> str:
+    def compute_dtype(self) -> Dtype:
         """The dtype, the protocol's where none was asked for."""
         return self.dtype or ("float16" if self.protocol == "release" else "float32")
 
@@ -97,9 +77,7 @@ class Evaluation:
     def __init__(self, options: Options, pairs: Sequence[Pair]):
         self.options = options
         self.pairs = list(pairs)
-        self.sam = Sam.from_pretrained(
-            options.weights, dtype=options.compute_dtype, implementation=options.implementation
-        )
+        self.sam = options.sam()
         self.config = self.sam.config.image_encoder
         self.protocol: Protocol = make_protocol(options.protocol, self.config.image_size)
         self.predictors = {
@@ -118,7 +96,7 @@ class Evaluation:
             todo = [
                 candidate
                 for candidate in self.predictors
-                if any((*candidate[:2], photo.name) not in file.rows for photo in photos)
+                if any((*candidate[:2], photo.name) not in file.found for photo in photos)
             ]
             found: list[Row] = []
             if photos and todo:
@@ -137,7 +115,7 @@ class Evaluation:
         """The photos of pairs without a problem; problems are noted."""
         photos = []
         with ThreadPoolExecutor(_READERS) as pool:
-            for pair, result in zip(pairs, pool.map(_read, pairs), strict=True):
+            for pair, result in zip(pairs, pool.map(self._read, pairs), strict=True):
                 if isinstance(result, Photo):
                     photos.append(result)
                 else:
@@ -168,7 +146,7 @@ class Evaluation:
 
         def rows(candidate: Candidate) -> list[Row]:
             key = DENSE if candidate.is_dense else candidate
-            return [file.rows[(*key[:2], name)] for name in names]
+            return [file.found[(*key[:2], name)] for name in names]
 
         found = [
             summaries.summarise(
@@ -182,6 +160,12 @@ class Evaluation:
             for candidate in self.options.candidates
         ]
         return Report(found, dict(self.problems))
+
+    def _read(self, pair: Pair) -> Photo | str:
+        try:
+            return read_photo(pair, self.options.reader)
+        except ValueError as error:
+            return str(error)
 
     def _rows(
         self, candidate: Candidate, photos: Sequence[Photo], new: Predictions, dense: Predictions
@@ -204,10 +188,3 @@ class Evaluation:
                 seconds=new.seconds / min(self.options.batch, len(self.pairs)),
                 compiled=compiled,
             )
-
-
-def _read(pair: Pair) -> Photo | str:
-    try:
-        return read_photo(pair)
-    except ValueError as error:
-        return str(error)

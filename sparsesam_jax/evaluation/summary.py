@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypedDict
 
 from rich import box
 from rich.table import Table
 
-from sparsesam_jax.checkpoints.atomic import atomic_path
 from sparsesam_jax.evaluation.rows import Row
 
 
@@ -81,12 +78,6 @@ def summarise(
         images_per_second=len(timed) / sum(timed),
         gmacs=gmacs,
     )
-
-
-def write(path: Path, summaries: Sequence[Summary]) -> None:
-    """Write `summary.json`, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(list(summaries), indent=1) + "\n", "utf-8")
 
 
 def table(summaries: Sequence[Summary]) -> Table:

@@ -10,14 +10,34 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sparsesam_jax.checkpoints.pretrained import Sam
-from sparsesam_jax.config import Grid, ImageEncoderConfig
+from sparsesam_jax.config import Grid, ImageEncoderConfig, Sparsity
 from sparsesam_jax.model.image_encoder import AttentionTables, ImageEncoder
 from sparsesam_jax.sparsity.work import EncoderWork
 
 
-@dataclasses.dataclass(frozen=True)
 class Method(abc.ABC):
-    """A training-free change of how the encoder's blocks are applied.
+    """A training-free change of the image encoder that makes it cheaper."""
+
+    @abc.abstractmethod
+    def apply(self, sam: Sam) -> Sam:
+        """A dense model with the method, sharing its parameters.
+
+        Raises:
+            ValueError: The method does not fit the model.
+        """
+
+    @abc.abstractmethod
+    def work(self, config: ImageEncoderConfig) -> EncoderWork:
+        """Multiply-accumulates of one image, what the method itself adds included."""
+
+    def as_sparsity(self) -> Sparsity | None:
+        """The sparsity that the method is, if it is one."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockMethod(Method):
+    """A method that applies the encoder's blocks as it likes, in plain JAX.
 
     Attributes:
         density: Share of the work that is kept, in (0, 1]; each method says which work.
@@ -38,15 +58,17 @@ class Method(abc.ABC):
             x: The tokens before the first.
         """
 
-    @abc.abstractmethod
-    def work(self, config: ImageEncoderConfig) -> EncoderWork:
-        """Multiply-accumulates of one image, what the method itself adds included."""
+    def apply(self, sam: Sam) -> Sam:
+        """The model with its encoder's blocks applied by this method."""
+        model = sam.with_sparsity(None)
+        model.image_encoder = MethodEncoder(model.image_encoder, self)
+        return model
 
 
 class MethodEncoder(ImageEncoder):
     """An image encoder whose blocks are applied by a method; it shares the other's parameters."""
 
-    def __init__(self, encoder: ImageEncoder, method: Method):
+    def __init__(self, encoder: ImageEncoder, method: BlockMethod):
         nnx.Module.__init__(self)
         self.config = encoder.config
         self.dtypes = encoder.dtypes
@@ -80,10 +102,3 @@ class MethodEncoder(ImageEncoder):
         if frame not in (None, x.shape[1:3]):
             raise ValueError(f"frame must be the pixels' own for a method, got {frame}")
         return self.method.block_outputs(self, x)
-
-
-def with_method(sam: Sam, method: Method) -> Sam:
-    """The same model, sharing its parameters, with its encoder's blocks applied by a method."""
-    model = sam.with_sparsity(None)
-    model.image_encoder = MethodEncoder(model.image_encoder, method)
-    return model

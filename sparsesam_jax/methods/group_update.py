@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.methods.base import Method
+from sparsesam_jax.methods.base import BlockMethod
 from sparsesam_jax.methods.sequences import dense_mlp
 from sparsesam_jax.model.image_encoder import Block, ImageEncoder
 from sparsesam_jax.model.layers import add
@@ -33,7 +33,7 @@ Skipped = Literal["mean", "mean_input", "first"]
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupUpdate(Method):
+class GroupUpdate(BlockMethod):
     """SparseSAM with group updates.
 
     Attributes:

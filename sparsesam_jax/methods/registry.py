@@ -1,21 +1,24 @@
-"""The methods by name. A method's module is imported when it is asked for."""
+"""The methods by name; a new one is a module and an entry here.
+
+A method's module is imported when the method is asked for: the names alone need no JAX.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-from sparsesam_jax.checkpoints.pretrained import Sam
-from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.methods.base import Method, with_method
-from sparsesam_jax.sparsity.work import EncoderWork, encoder_work
+if TYPE_CHECKING:
+    from sparsesam_jax.checkpoints.pretrained import Sam
+    from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+    from sparsesam_jax.methods.base import Method
+    from sparsesam_jax.sparsity.work import EncoderWork
 
-_SPARSITIES: dict[str, Any] = {
-    "sparsesam": Sparsity,
-    "released": Sparsity.released,
-    "random": lambda r: Sparsity(r, split="equal", importance="random", ranking="none"),
-}
-_CLASSES = {
+# Name -> its module here, and what in it makes the method of a density.
+METHODS: dict[str, tuple[str, str]] = {
+    "sparsesam": ("sparsesam", "sparsesam"),
+    "released": ("sparsesam", "released"),
+    "random": ("sparsesam", "random_routing"),
     "tome": ("tome", "ToMe"),
     "pitome": ("pitome", "PiToMe"),
     "structsam": ("structsam", "StructSam"),
@@ -23,45 +26,45 @@ _CLASSES = {
     "pisa": ("pisa", "PiecewiseAttention"),
     "kmeans": ("kmeans", "KMeans"),
 }
+NAMES = tuple(METHODS)
 
-NAMES = (*_SPARSITIES, *_CLASSES)
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless there is such a method."""
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(NAMES)}; got {name!r}")
+
+
+def make(name: str, density: float) -> Method:
+    """The method of a name at a density.
+
+    Raises:
+        ValueError: There is no such method, or the density lies outside (0, 1].
+    """
+    check_name(name)
+    module, factory = METHODS[name]
+    return getattr(importlib.import_module(f"sparsesam_jax.methods.{module}"), factory)(density)
 
 
 def apply(sam: Sam, name: str, density: float) -> Sam:
     """A dense model with a method at a density; density 1 is the dense model.
 
     Raises:
-        ValueError: There is no such method, or the density lies outside (0, 1].
+        ValueError: As `make`.
     """
-    made = _make(name, density)
-    if density == 1:
-        return sam.with_sparsity(None)
-    return sam.with_sparsity(made) if isinstance(made, Sparsity) else with_method(sam, made)
+    method = make(name, density)
+    return sam.with_sparsity(None) if density == 1 else method.apply(sam)
 
 
 def work(config: ImageEncoderConfig, name: str, density: float) -> EncoderWork:
     """Multiply-accumulates of one image with a method at a density; arguments as `apply`."""
-    made = _make(name, density)
-    if density == 1:
-        return encoder_work(config)
-    return encoder_work(config, made) if isinstance(made, Sparsity) else made.work(config)
+    from sparsesam_jax.sparsity.work import encoder_work
+
+    method = make(name, density)
+    return encoder_work(config) if density == 1 else method.work(config)
 
 
 def as_sparsity(name: str, density: float) -> Sparsity | None:
     """The sparsity that a method is at a density below 1, if it is one."""
-    made = _make(name, density)
-    return made if isinstance(made, Sparsity) and density < 1 else None
-
-
-def check(name: str, density: float) -> None:
-    """Raise ValueError unless there is such a method and it takes the density."""
-    _make(name, density)
-
-
-def _make(name: str, density: float) -> Sparsity | Method:
-    if name in _SPARSITIES:
-        return _SPARSITIES[name](density)
-    if name not in _CLASSES:
-        raise ValueError(f"method must be one of {', '.join(NAMES)}; got {name!r}")
-    module, cls = _CLASSES[name]
-    return getattr(importlib.import_module(f"sparsesam_jax.methods.{module}"), cls)(density)
+    method = make(name, density)
+    return None if density == 1 else method.as_sparsity()

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import reference
 from sparsesam_jax.config import ImageEncoderConfig
-from sparsesam_jax.methods.base import Method
+from sparsesam_jax.methods.base import BlockMethod
 from sparsesam_jax.model.image_encoder import Block, ImageEncoder, relative_table
 from sparsesam_jax.model.layers import add
 from sparsesam_jax.sparsity.macs import attention_work
@@ -65,7 +65,7 @@ class Sequences:
         return np.arange(self.grid[0] * self.grid[1]) % self.grid[1]
 
 
-class SequenceMethod(Method):
+class SequenceMethod(BlockMethod):
     """A method that says how sequences attend and how the MLP is applied."""
 
     @abc.abstractmethod

@@ -57,6 +57,26 @@ def make_prompts(
     Raises:
         ValueError: There is no prompt, or one is not as said.
     """
+    check_prompts(points, labels, boxes)
+    for x, y in points:
+        if not (0 <= x < width and 0 <= y < height):
+            raise ValueError(f"--point must lie in the {width} x {height} image, got {x:g} {y:g}")
+    for x0, y0, x1, y1 in boxes:
+        if min(x0, y0) < 0 or x1 > width or y1 > height:
+            got = f"got {x0:g} {y0:g} {x1:g} {y1:g}"
+            raise ValueError(f"--box must lie in the {width} x {height} image, {got}")
+    points_array = np.array(points, np.float64).reshape(-1, 2)
+    labels_array = np.array(labels or [1] * len(points), np.int32)
+    return [
+        Prompt(points_array, labels_array, None if box is None else np.array(box, np.float64))
+        for box in (boxes or [None])
+    ]
+
+
+def check_prompts(
+    points: Sequence[Sequence[float]], labels: Sequence[int], boxes: Sequence[Sequence[float]]
+) -> None:
+    """Raise ValueError unless these are prompts for some image; arguments as `make_prompts`."""
     if not points and not boxes:
         raise ValueError("a prompt must be given: --point X Y or --box X0 Y0 X1 Y1, got none")
     if labels and len(labels) != len(points):
@@ -67,19 +87,9 @@ def make_prompts(
     for label in labels:
         if label not in (0, 1):
             raise ValueError(f"--label must be 1 (foreground) or 0 (background), got {label}")
-    for x, y in points:
-        if not (0 <= x < width and 0 <= y < height):
-            raise ValueError(f"--point must lie in the {width} x {height} image, got {x:g} {y:g}")
-    for box in boxes:
-        x0, y0, x1, y1 = box
-        got = f"got {x0:g} {y0:g} {x1:g} {y1:g}"
+    for x0, y0, x1, y1 in boxes:
         if not (x0 < x1 and y0 < y1):
-            raise ValueError(f"--box must be X0 Y0 X1 Y1 with X0 < X1 and Y0 < Y1, {got}")
-        if min(x0, y0) < 0 or x1 > width or y1 > height:
-            raise ValueError(f"--box must lie in the {width} x {height} image, {got}")
-    points_array = np.array(points, np.float64).reshape(-1, 2)
-    labels_array = np.array(labels or [1] * len(points), np.int32)
-    return [
-        Prompt(points_array, labels_array, None if box is None else np.array(box, np.float64))
-        for box in (boxes or [None])
-    ]
+            raise ValueError(
+                "--box must be X0 Y0 X1 Y1 with X0 < X1 and Y0 < Y1, "
+                f"got {x0:g} {y0:g} {x1:g} {y1:g}"
+            )

@@ -13,7 +13,7 @@ from flax import nnx
 from models import SMALL, random_weights
 
 from benchmarks import simulated
-from sparsesam_jax import Sam, Sparsity, methods
+from sparsesam_jax import Sam, Sparsity
 from sparsesam_jax.methods.group_update import GroupUpdate
 
 CONFIG = SMALL.image_encoder
@@ -43,7 +43,7 @@ def pixels() -> np.ndarray:
 def test_masked_is_sparse(sam: Sam, fields: dict, update: dict[str, Any] | None) -> None:
     sparsity = dataclasses.replace(MIXED, **fields)
     grouped = None if update is None else GroupUpdate(1.0, sparsity=sparsity, **update)
-    model = sam.with_sparsity(sparsity) if grouped is None else methods.with_method(sam, grouped)
+    model = sam.with_sparsity(sparsity) if grouped is None else grouped.apply(sam)
     encode = nnx.jit(lambda encoder, x: encoder(x))
     expected = np.asarray(encode(model.image_encoder, pixels()))
     program = simulated.program(sparsity, grouped)

@@ -11,6 +11,7 @@ from models import SMALL, random_weights
 from PIL import Image
 
 from sparsesam_jax import Sam, SamPredictor, Sparsity
+from sparsesam_jax.checkpoints import native
 from sparsesam_jax.cli.app import main
 from sparsesam_jax.evaluation import runner
 from sparsesam_jax.evaluation.metrics import boundary_iou, iou
@@ -109,7 +110,7 @@ def test_numbers_are_the_predictors(photos: Path, weights: str, capsys) -> None:
         *("rows.csv", "summary.json", "problems.json", "run.json"),
         *("quality.png", "best_worst_sparsesam.png"),
     }
-    assert len(RowFile(photos / "out" / "rows.csv", resume=True).rows) == 10
+    assert len(RowFile(photos / "out" / "rows.csv", resume=True).found) == 10
 
 
 def test_a_killed_run_ends_with_the_same_numbers(photos, weights, monkeypatch, capsys) -> None:
@@ -206,7 +207,7 @@ def test_a_sparsity_of_ones_own(photos: Path, weights: str) -> None:
         (["--batch", "0"], "batch must be positive, got 0"),
         (["--limit", "0"], "limit must be positive, got 0"),
         (["--prompts", "mask"], "'mask' is not one of"),
-        (["--weights", "absent"], "weights must be one of the embedded"),
+        (["--weights", "absent"], "weights must be the name of embedded ones"),
         (["--sparsity", "absent.json"], "sparsity must be a JSON file"),
         (["--out", "absent/out"], "out must be a folder"),
     ],
@@ -222,3 +223,13 @@ def test_wrong_arguments_write_nothing(photos, weights, arguments, message, caps
 def test_dataset_needs_its_root(weights: str, capsys) -> None:
     assert main(["evaluate", "--dataset", "coift", "--weights", weights]) == 2
     assert "--dataset needs --root" in capsys.readouterr().err
+
+
+def test_nan_in_weights_is_named(photos: Path, weights: str, tmp_path: Path, capsys) -> None:
+    config, arrays = native.read(weights)
+    name = "image_encoder.neck.0.kernel"
+    arrays[name] = np.full_like(arrays[name], np.nan)
+    native.write(tmp_path / "nan.safetensors", config, arrays)
+    assert evaluate(photos, str(tmp_path / "nan.safetensors"), "--density", "1") == 2
+    assert f"NaN or an infinity in {name}" in capsys.readouterr().err
+    assert not (photos / "out" / "summary.json").exists()

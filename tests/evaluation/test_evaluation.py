@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparsesam_jax.choices import PromptKind, check_choice
 from sparsesam_jax.evaluation import datasets, metrics, prompts, protocols
 from sparsesam_jax.evaluation.rows import Row, RowFile
 from sparsesam_jax.evaluation.summary import summarise
@@ -82,7 +83,7 @@ def test_prompts_lie_in_the_mask() -> None:
     assert both.box is not None
     assert len(both.points) == 1
     with pytest.raises(ValueError, match="prompts must be one of box, point, points3, box"):
-        prompts.check_kind("mask")
+        check_choice("prompts", "mask", PromptKind)
 
 
 def photo(mask: np.ndarray) -> datasets.Photo:
@@ -185,11 +186,11 @@ def test_rows_survive_a_cut(tmp_path: Path) -> None:
     file.append(rows[:2])
     file.append(rows)
     whole = path.read_text()
-    assert list(RowFile(path, resume=True).rows.values()) == rows
+    assert list(RowFile(path, resume=True).found.values()) == rows
     assert path.read_text() == whole
     path.write_text(whole[:-9])
-    assert list(RowFile(path, resume=True).rows.values()) == rows[:2]
-    assert list(RowFile(path, resume=False).rows.values()) == []
+    assert list(RowFile(path, resume=True).found.values()) == rows[:2]
+    assert list(RowFile(path, resume=False).found.values()) == []
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="must have the columns method, density"):
         RowFile(path, resume=True)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pallas_kernels import BlockLayout
 from sparsesam_jax import Sam, Sparsity
-from sparsesam_jax.cli.analysis import FigureKind
+from sparsesam_jax.choices import FigureKind
 from sparsesam_jax.cli.app import main
 from sparsesam_jax.evaluation import figures
 from sparsesam_jax.model.image_encoder import ImageEncoder

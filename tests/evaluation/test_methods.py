@@ -15,13 +15,14 @@ from flax import nnx
 from models import SMALL, random_weights
 
 from sparsesam_jax import Sam, Sparsity, methods
-from sparsesam_jax.methods import registry, sequences
+from sparsesam_jax.methods import sequences
 from sparsesam_jax.methods.group_update import GroupUpdate
 from sparsesam_jax.methods.kmeans import KMeans
 from sparsesam_jax.methods.merging import Merged, TokenMerging
 from sparsesam_jax.methods.pisa import PiecewiseAttention
 from sparsesam_jax.methods.pitome import PiToMe
 from sparsesam_jax.methods.sparge import SpargeAttention
+from sparsesam_jax.methods.sparsesam import SparseSam
 from sparsesam_jax.methods.structsam import StructSam
 from sparsesam_jax.methods.tome import ToMe
 from sparsesam_jax.sparsity.work import encoder_work
@@ -58,9 +59,9 @@ def features(model: Sam) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", [*(cls(0.5) for cls in CLASSES.values()), GroupUpdate(0.5)])
-def test_the_stream_keeps_its_dtype(method: methods.Method) -> None:
+def test_the_stream_keeps_its_dtype(method: methods.BlockMethod) -> None:
     sam = Sam.abstract(TINY, dtype="bfloat16", implementation="xla")
-    graphdef, state = nnx.split(methods.with_method(sam, method).image_encoder)
+    graphdef, state = nnx.split(method.apply(sam).image_encoder)
     run = lambda state, x: nnx.merge(graphdef, state).block_outputs(x)  # noqa: E731
     for out in jax.eval_shape(run, state, pixels()):
         assert out.dtype == jnp.float16
@@ -73,7 +74,12 @@ def dense(sam: Sam) -> np.ndarray:
 
 def test_registry_knows_them_all() -> None:
     assert set(methods.NAMES) == {"sparsesam", "released", "random", *CLASSES}
-    assert {cls for _, cls in registry._CLASSES.values()} == {c.__name__ for c in CLASSES.values()}
+    for name in methods.NAMES:
+        made = methods.make(name, 0.5)
+        assert type(made) is CLASSES.get(name, SparseSam)
+        assert (made.as_sparsity() is None) == (name in CLASSES)
+    with pytest.raises(ValueError, match="method must be one of sparsesam, released, random, tome"):
+        methods.make("magic", 0.5)
 
 
 @pytest.mark.parametrize("name", methods.NAMES)
@@ -86,7 +92,7 @@ def test_density_one_is_dense(sam: Sam, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tome", "sparge", "kmeans"])
 def test_at_density_one_the_method_itself_is_dense(sam: Sam, dense: np.ndarray, name: str) -> None:
-    model = methods.with_method(sam, CLASSES[name](1.0))
+    model = CLASSES[name](1.0).apply(sam)
     # Up to the order of sums.
     np.testing.assert_allclose(features(model), dense, atol=2e-4)
 

@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
-from pallas_kernels import BlockLayout
-from sparsesam_jax.checkpoints import native as files
-from sparsesam_jax.checkpoints.pretrained import locate
-from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.predict.image_files import write_images
-from sparsesam_jax.predict.overlay import draw_layouts
-from sparsesam_jax.sparsity.plan import attention_layout, num_routed_tokens
+from sparsesam_jax.cli.options import DensitiesOption
+
+if TYPE_CHECKING:
+    from pallas_kernels import BlockLayout
+    from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+
+DENSITIES = [0.3, 0.4, 0.5]
 
 
-def run(weights: str, sparsities: Sequence[Sparsity], picture: Path | None) -> None:
-    """Print the description and, if asked, draw the layouts."""
+def info(
+    weights: Annotated[
+        str, typer.Argument(help="vit_t (embedded), or a checkpoint: a file or a folder.")
+    ],
+    density: DensitiesOption = DENSITIES,
+    layout: Annotated[
+        Path | None, typer.Option(help="A picture of the block layouts at these densities.")
+    ] = None,
+) -> None:
+    """Describe a checkpoint, and what an encoder of their shape computes at some densities."""
+    from sparsesam_jax.checkpoints.sources import locate
+    from sparsesam_jax.config import Sparsity
+    from sparsesam_jax.predict.image_files import check_writable, write_images
+
+    if layout is not None:
+        check_writable(layout)
+    sparsities = [Sparsity(value) for value in density]
     path = locate(weights)
-    metadata, tensors = files.inspect(path)
-    config = files.config_of(path, metadata)
-    shapes = {name: spec.shape for name, spec in files.parameter_shapes(config).items()}
-    if problems := files.mismatches(shapes, tensors):
-        raise ValueError(f"{path} must hold the parameters of its config: {'; '.join(problems)}")
-    count = sum(int(np.prod(spec.shape)) for spec in tensors.values())
+
+    from sparsesam_jax.checkpoints import open_checkpoint
+    from sparsesam_jax.predict.overlay import draw_layouts
+
+    checkpoint = open_checkpoint(path)
+    config, tensors = checkpoint.config, checkpoint.tensors
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    count = sum(math.prod(spec.shape) for spec in tensors.values())
     dtypes = ", ".join(sorted({spec.dtype for spec in tensors.values()}))
     fields = json.loads(config.to_json())
     encoder = fields.pop("image_encoder")
-    typer.echo(f"weights        {metadata.get('name', path.name)} ({path})")
-    typer.echo(f"size           {path.stat().st_size / 1e6:.1f} MB, {dtypes}")
+    typer.echo(f"weights        {checkpoint.metadata.get('name', path.name)} ({path})")
+    typer.echo(f"format         {', '.join([checkpoint.format, *checkpoint.remarks])}")
+    typer.echo(f"size           {sum(p.stat().st_size for p in files) / 1e6:.1f} MB, {dtypes}")
     typer.echo(f"parameters     {count:,} in {len(tensors)} tensors")
     for title, values in (("image encoder", encoder), ("decoder", fields)):
         typer.echo(f"{title:15}" + ", ".join(f"{key} {value}" for key, value in values.items()))
@@ -39,17 +57,19 @@ def run(weights: str, sparsities: Sequence[Sparsity], picture: Path | None) -> N
     for sparsity in sparsities:
         layouts = _layouts(config.image_encoder, sparsity)
         typer.echo(f"density {sparsity.density:g}")
-        for kind, layout in layouts.items():
-            typer.echo(f"  {kind:10} {_layout_as_text(layout)}")
+        for kind, one in layouts.items():
+            typer.echo(f"  {kind:10} {_layout_as_text(one)}")
         typer.echo(f"  {'MLP':10} {_routing_as_text(config.image_encoder, sparsity)}")
         rows.append([(f"{kind}, density {sparsity.density:g}", x) for kind, x in layouts.items()])
-    if picture is not None:
-        write_images({picture: draw_layouts(rows)})
-        typer.echo(f"wrote {picture}")
+    if layout is not None:
+        write_images({layout: draw_layouts(rows)})
+        typer.echo(f"wrote {layout}")
 
 
 def _layouts(config: ImageEncoderConfig, sparsity: Sparsity) -> dict[str, BlockLayout]:
     """The layout of each kind of attention that the encoder has."""
+    from sparsesam_jax.sparsity.plan import attention_layout
+
     grid = (config.grid_size, config.grid_size)
     layouts: dict[str, BlockLayout] = {}
     for index in range(config.depth):
@@ -68,6 +88,8 @@ def _layout_as_text(layout: BlockLayout) -> str:
 
 def _routing_as_text(config: ImageEncoderConfig, sparsity: Sparsity) -> str:
     """What the MLPs run on."""
+    from sparsesam_jax.sparsity.plan import num_routed_tokens
+
     grid = (config.grid_size, config.grid_size)
     counts = {
         index: count
