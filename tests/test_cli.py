@@ -14,6 +14,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from models import random_weights
 from PIL import Image
 
 from pallas_kernels import implementation
@@ -24,7 +25,7 @@ from sparsesam_jax import (
     SamPredictor,
     Sparsity,
 )
-from sparsesam_jax.checkpoints import native
+from sparsesam_jax.checkpoints import convert_checkpoint, native
 from sparsesam_jax.cli import demo, segment
 from sparsesam_jax.cli.app import main
 from sparsesam_jax.predict import predictor as predictors
@@ -349,6 +350,28 @@ def test_info(capsys, tmp_path, tiny):
     assert "density 1\n  windowed   9 of 9 keys" in text
     assert Image.open(picture).width > 600
     assert len(Image.open(picture).getcolors(2**20) or []) >= 3
+
+
+def test_weights_may_have_any_format(capsys, tmp_path, photo):
+    pytest.importorskip("torch")
+    tiny = str(random_weights(tmp_path / "tiny.safetensors"))
+    convert_checkpoint(tiny, tmp_path / "tiny.pth")
+    convert_checkpoint(tiny, tmp_path / "hf", to="huggingface")
+    forms = [tiny, str(tmp_path / "tiny.pth"), str(tmp_path / "hf")]
+    reports, descriptions = [], []
+    for weights in forms:
+        args = ["segment", photo, "--box", "5", "5", "50", "50", "--json", "--weights", weights]
+        assert main(args) == 0
+        reports.append(json.loads(capsys.readouterr().out)["masks"])
+        assert main(["info", weights]) == 0
+        descriptions.append(capsys.readouterr().out.splitlines())
+    assert reports[0] == reports[1] == reports[2]
+    formats = ("native", "meta", "huggingface")
+    assert descriptions[0][0] == f"weights        tiny.safetensors ({tiny})"
+    for weights, file_format, lines in zip(forms, formats, descriptions, strict=True):
+        assert lines[0].endswith(f" ({weights})")
+        assert lines[1].endswith(f", float32, {file_format}")
+        assert lines[2:] == descriptions[0][2:]
 
 
 def test_convert_is_the_converter(capsys, tmp_path, tiny):

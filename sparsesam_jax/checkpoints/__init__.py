@@ -4,22 +4,19 @@ from typing import TYPE_CHECKING
 
 import lazy_loader
 
-from sparsesam_jax.choices import Dtype, Format
-
 if TYPE_CHECKING:
     from sparsesam_jax.checkpoints.conversion import convert_checkpoint, write_checkpoint
     from sparsesam_jax.checkpoints.errors import ConversionError
     from sparsesam_jax.checkpoints.reading import Checkpoint, open_checkpoint
-    from sparsesam_jax.checkpoints.sources import locate
+    from sparsesam_jax.checkpoints.sources import locate, size_in_bytes
 
 __all__ = [
     "Checkpoint",
     "ConversionError",
-    "Dtype",
-    "Format",
     "convert_checkpoint",
     "locate",
     "open_checkpoint",
+    "size_in_bytes",
     "write_checkpoint",
 ]
 
@@ -29,6 +26,6 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "conversion": ["convert_checkpoint", "write_checkpoint"],
         "errors": ["ConversionError"],
         "reading": ["Checkpoint", "open_checkpoint"],
-        "sources": ["locate"],
+        "sources": ["locate", "size_in_bytes"],
     },
 )

@@ -131,6 +131,11 @@ def locate(name_or_path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def size_in_bytes(path: Path) -> int:
+    """Bytes of a checkpoint's file, or of all files in its folder."""
+    return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+
+
 def open_source(path: Path) -> tuple[Source, Path | None]:
     """Open a checkpoint file, a Hugging Face folder or an index of shards.
 

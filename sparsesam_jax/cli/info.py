@@ -37,19 +37,18 @@ def info(
     sparsities = [Sparsity(value) for value in density]
     path = locate(weights)
 
-    from sparsesam_jax.checkpoints import open_checkpoint
+    from sparsesam_jax.checkpoints import open_checkpoint, size_in_bytes
     from sparsesam_jax.predict.overlay import draw_layouts
 
     checkpoint = open_checkpoint(path)
     config, tensors = checkpoint.config, checkpoint.tensors
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     count = sum(math.prod(spec.shape) for spec in tensors.values())
     dtypes = ", ".join(sorted({spec.dtype for spec in tensors.values()}))
     fields = json.loads(config.to_json())
     encoder = fields.pop("image_encoder")
     typer.echo(f"weights        {checkpoint.metadata.get('name', path.name)} ({path})")
     typer.echo(f"format         {', '.join([checkpoint.format, *checkpoint.remarks])}")
-    typer.echo(f"size           {sum(p.stat().st_size for p in files) / 1e6:.1f} MB, {dtypes}")
+    typer.echo(f"size           {size_in_bytes(path) / 1e6:.1f} MB, {dtypes}")
     typer.echo(f"parameters     {count:,} in {len(tensors)} tensors")
     for title, values in (("image encoder", encoder), ("decoder", fields)):
         typer.echo(f"{title:15}" + ", ".join(f"{key} {value}" for key, value in values.items()))

@@ -14,7 +14,8 @@ from typing import Any
 
 from sparsesam_jax import methods
 from sparsesam_jax.checkpoints.atomic import atomic_path
-from sparsesam_jax.checkpoints.pretrained import Sam, locate
+from sparsesam_jax.checkpoints.pretrained import Sam
+from sparsesam_jax.checkpoints.sources import locate, size_in_bytes
 from sparsesam_jax.choices import Dtype, Implementation
 from sparsesam_jax.evaluation.candidates import Candidate
 from sparsesam_jax.predict.image_files import DEFAULT_READER, PhotoReader
@@ -77,7 +78,7 @@ class RunOptions:
         """
         settings = {
             "weights": self.weights,
-            "weights_bytes": locate(self.weights).stat().st_size,
+            "weights_bytes": size_in_bytes(locate(self.weights)),
             "dtype": self.compute_dtype,
             "implementation": self.implementation,
             **own,

@@ -15,7 +15,8 @@ import torch
 from checkpoint_files import DTYPES, TINY, meta_shapes, meta_state, same_bits, save_meta
 from safetensors.torch import load_file, save_file
 
-from sparsesam_jax.checkpoints import ConversionError, Dtype, convert_checkpoint, native
+from sparsesam_jax.checkpoints import ConversionError, convert_checkpoint, native
+from sparsesam_jax.choices import Dtype
 from sparsesam_jax.config import SamConfig
 
 TINY_HQ = dataclasses.replace(TINY, hq=True)
