@@ -33,7 +33,6 @@ from sparsesam_jax.evaluation.run_settings import settle
 from sparsesam_jax.predict.image_files import read_image
 from sparsesam_jax.predict.predictor import SamPredictor
 
-_BOXES = 32  # prompts of a decoder call
 _STATISTICS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}
 
 
@@ -214,22 +213,19 @@ def segment(
     predictor: SamPredictor, image: np.ndarray, detections: Sequence[Detection]
 ) -> list[Detection]:
     """COCO results of one image: every detection with the mask that its box asks for."""
-    from pycocotools import mask as coco_mask
-
     if not detections:
         return []
     corners = np.array([detection["bbox"] for detection in detections], np.float64)
     corners[:, 2:] += corners[:, :2]
     predictor.set_image(image)
+    runs, _, _ = predictor.predict(box=corners, multimask_output=False, mask_format="rle")
+    if len(detections) > 1:  # of one box there is no axis of prompts
+        runs = [run for (run,) in runs]
     results = []
-    for start in range(0, len(corners), _BOXES):
-        boxes = corners[start : start + _BOXES]
-        masks, _, _ = predictor.predict(box=boxes, multimask_output=False)
-        for detection, mask in zip(detections[start:], masks[:, 0], strict=False):
-            encoded: Any = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            rle = {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
-            kept = {key: detection[key] for key in ("image_id", "category_id", "score")}
-            results.append(kept | {"segmentation": rle})
+    for detection, run in zip(detections, runs, strict=True):
+        rle = {"size": run["size"], "counts": run["counts"].decode("ascii")}
+        kept = {key: detection[key] for key in ("image_id", "category_id", "score")}
+        results.append(kept | {"segmentation": rle})
     return results
 
 
