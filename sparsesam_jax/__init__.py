@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from sparsesam_jax.checkpoints.pretrained import Sam
     from sparsesam_jax.model.image_encoder import ImageEncoder
     from sparsesam_jax.model.sam import Prediction
+    from sparsesam_jax.predict.automatic_masks import AutomaticMaskGenerator
+    from sparsesam_jax.predict.embedding import Embedding
     from sparsesam_jax.predict.predictor import SamPredictor
 
 __all__ = [
     "PRESETS",
+    "AutomaticMaskGenerator",
+    "Embedding",
     "ImageEncoder",
     "ImageEncoderConfig",
     "Prediction",
@@ -34,6 +38,8 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "checkpoints.pretrained": ["Sam"],
         "model.image_encoder": ["ImageEncoder"],
         "model.sam": ["Prediction"],
+        "predict.automatic_masks": ["AutomaticMaskGenerator"],
+        "predict.embedding": ["Embedding"],
         "predict.predictor": ["SamPredictor"],
     },
 )

@@ -209,6 +209,10 @@ class SamConfig:
     iou_head_hidden_dim: int = 256
     hq: bool = False
 
+    def masks_per_prompt(self, multimask_output: bool) -> int:
+        """Masks K of a prompt: the proposals or one; SAM-HQ has one either way."""
+        return self.num_multimask_outputs if multimask_output and not self.hq else 1
+
     def to_json(self) -> str:
         """The configuration as JSON text, as a weights file carries it."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

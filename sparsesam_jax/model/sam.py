@@ -152,6 +152,12 @@ class SamModel(nnx.Module):
         labels = labels.astype(jnp.int32)
         rows, cols = embedding.features.shape[1:3]
         grid, patch = (rows, cols), self.config.image_encoder.patch_size
+        batch, prompts, _ = labels.shape
+        if not batch * prompts:
+            masks = self.config.masks_per_prompt(multimask_output)
+            return jnp.zeros((batch, prompts, masks, 4 * rows, 4 * cols)), jnp.zeros(
+                (batch, prompts, masks)
+            )
         frame = frame or grid
         tokens, dense = self.prompt_encoder(
             points,
@@ -242,5 +248,6 @@ def add_padding_point(
     has_points = ((labels < BOX_TOP_LEFT) & (labels != ABSENT)).any(-1, keepdims=True)
     has_box = (labels >= BOX_TOP_LEFT).any(-1, keepdims=True)
     extra = jnp.where(has_points & ~has_box, NOT_A_POINT, ABSENT)
-    points = jnp.concatenate([points, jnp.zeros_like(points[..., :1, :])], axis=-2)
+    extra_point = jnp.zeros((*points.shape[:-2], 1, 2), points.dtype)
+    points = jnp.concatenate([points, extra_point], axis=-2)
     return points, jnp.concatenate([labels, extra], axis=-1)

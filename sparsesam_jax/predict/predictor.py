@@ -38,9 +38,10 @@ class SamPredictor:
     once per batch size.
 
     The parameters are those that the model has when the predictor is made; `refresh` takes them
-    anew. Predictors pickle and deep-copy. Threads may share one, for an image is set in one step:
-    a prediction is of the image that was set last when it began. A thread that sets images of its
-    own takes `copy.copy(predictor)`, which shares parameters and programs.
+    anew. Predictors pickle and deep-copy, and travel to workers that are spawned; a forked process
+    cannot use JAX. Threads may share one, for an image is set in one step: a prediction is of the
+    image that was set last when it began. A thread that sets images of its own takes
+    `copy.copy(predictor)`, which shares parameters and programs.
 
     Args:
         sam: The model; one without image encoder (`Sam.decoder_from_pretrained`) for embeddings.
@@ -345,7 +346,7 @@ class SamPredictor:
         """
         check_mask_format(mask_format, return_logits=return_logits)
         config, (rows, cols) = self.compiled.config, embedding.features.shape[1:3]
-        num_masks = config.num_multimask_outputs if multimask_output and not config.hq else 1
+        num_masks = config.masks_per_prompt(multimask_output)
         patch = config.image_encoder.patch_size
         results = [
             Result(a.num_prompts, num_masks, sizes.original, (4 * rows, 4 * cols), mask_format)

@@ -7,6 +7,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from models import SMALL, random_weights
 
 from sparsesam_jax import Sam, SamPredictor, Sparsity
@@ -216,6 +218,37 @@ def test_bad_images(sam: Sam, image, got: str):
     check = predictor_module.check_image
     with pytest.raises(ValueError, match=f"image must .*{got}"):
         check(image)
+
+
+@given(
+    dtype=st.sampled_from([np.uint8, np.int8, np.int64, np.uint16, bool, np.float16, np.float64]),
+    sides=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    channels=st.sampled_from([(), (1,), (3,), (3,), (3,), (4,)]),
+    layout=st.sampled_from(["c", "fortran", "reversed", "strided", "read-only"]),
+)
+def test_any_image_is_taken_or_refused(sam: Sam, dtype, sides, channels, layout):
+    """What is no RGB of uint8 is refused in one line; how it lies in memory changes nothing."""
+    image = np.random.default_rng(0).integers(0, 100, (*sides, *channels)).astype(dtype)
+    other = {
+        "c": image,
+        "fortran": np.asfortranarray(image),
+        "reversed": image[::-1].copy()[::-1],
+        "strided": np.repeat(image, 2, 0)[::2],
+        "read-only": image.copy(),
+    }[layout]
+    other.flags.writeable = layout != "read-only"
+    predictor = SamPredictor(sam)
+    if dtype != np.uint8 or channels != (3,) or not image.size:
+        with pytest.raises(ValueError, match=r"^image must [^\n]*, got [^\n]*$"):
+            predictor.set_image(other)
+        return
+    predictor.set_image(other)
+    masks, scores, _ = predictor.predict(box=BOX)
+    predictor.set_image(image)
+    again = predictor.predict(box=BOX)
+    assert masks.shape == (3, *sides)
+    np.testing.assert_array_equal(masks, again[0])
+    np.testing.assert_array_equal(scores, again[1])
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,16 @@ def test_no_prompts_give_empty_arrays(pair: Pair, prompt: dict, multimask: bool)
     assert pair.ours.predict(**prompt, mask_format="rle")[0] == []
 
 
+@pytest.mark.parametrize("shape", [(0, 2), (0, 0), (1, 0), (3, 0)], ids=str)
+def test_no_prompts_and_no_points_in_the_pure_function(pair: Pair, shape: tuple[int, int]):
+    points, labels = jnp.zeros((1, *shape, 2)), jnp.zeros((1, *shape), bool)
+    mask = jnp.zeros((1, shape[0], 32, 32))
+    for mask_input in (None, mask):
+        masks, iou, low_res = pair.sam(jnp.asarray(IMAGE)[None], points, labels, mask_input)
+        assert masks.shape == (1, shape[0], 3, 90, 120) and masks.dtype == bool
+        assert iou.shape == (1, shape[0], 3) and low_res.shape == (1, shape[0], 3, 32, 32)
+
+
 def test_no_prompts_inside_a_batch(pair: Pair):
     predictor = SamPredictor(pair.sam)
     predictor.set_image_batch(np.stack([IMAGE, IMAGE, IMAGE]))
