@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from benchmarks.records import Record
 _STYLE: Any = {"svg.hashsalt": "sparsesam_jax", "svg.fonttype": "path", "font.size": 9}
 _COLOURS = {name: f"C{index}" for index, name in enumerate(report_data.IMPLEMENTATIONS)}
 _SHOWN = (1.0, 0.3)  # densities of the roofline
+_HASHED_ID = re.compile(r"\b[hmp][0-9a-f]{10}\b")  # of hatches, markers and clip paths
 
 
 def draw(found: Sequence[Record], folder: Path, stem: str) -> dict[str, str]:
@@ -42,10 +45,23 @@ def draw(found: Sequence[Record], folder: Path, stem: str) -> dict[str, str]:
             if figure is None:
                 continue
             pictures[name] = f"{stem}_{name}.svg"
+            drawn = io.StringIO()
             # A date would make every drawing another file.
-            figure.savefig(folder / pictures[name], metadata={"Date": None})
+            figure.savefig(drawn, format="svg", metadata={"Date": None})
             plt.close(figure)
+            (folder / pictures[name]).write_text(_numbered(drawn.getvalue()), encoding="utf-8")
     return pictures
+
+
+def _numbered(svg: str) -> str:
+    """The picture with ids in order of appearance.
+
+    Matplotlib writes coordinates to six digits, but its ids are hashes of all digits. The last one
+    of a logarithm depends on the vector instructions of the processor, and so would the ids.
+    """
+    found = dict.fromkeys(_HASHED_ID.findall(svg))
+    names = {name: f"{name[0]}{number}" for number, name in enumerate(found)}
+    return _HASHED_ID.sub(lambda match: names[match.group()], svg)
 
 
 def _encoder(own: Sequence[Record]) -> Any:
