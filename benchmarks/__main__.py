@@ -101,11 +101,12 @@ def quality(
     """Box-prompt mIoU on photos with masks: dense, and what each sparsity changes."""
     from rich.console import Console
 
-    from benchmarks import quality, records
-    from benchmarks.variants import preset_variants, read_variants
+    from benchmarks import records
+    from benchmarks.suites.quality import measure
+    from benchmarks.suites.quality.variants import preset_variants, read_variants
 
     def run() -> bool:
-        options = quality.Options(
+        options = measure.Options(
             images=images,
             masks=masks,
             weights=weights,
@@ -120,7 +121,7 @@ def quality(
         else:
             chosen = read_variants(variants)
         with records.writer(out) as write:
-            return quality.run(options, chosen, write, Console())
+            return measure.run(options, chosen, write, Console())
 
     _finish(run)
 
@@ -147,8 +148,8 @@ def sweep(
     """Many variants in few programs, no speeds; run again, it measures what is missing."""
     from rich.console import Console
 
-    from benchmarks import sweep, sweep_table
-    from benchmarks.variants import read_variants
+    from benchmarks.suites.quality import changes, sweep
+    from benchmarks.suites.quality.variants import read_variants
 
     def run() -> bool:
         options = sweep.Options(
@@ -162,7 +163,7 @@ def sweep(
             timeout=timeout,
         )
         missing = sweep.run(options, read_variants(*variants), out, Console())
-        sweep_table.show(out)
+        changes.show(out)
         if missing:
             typer.echo(f"not run: {', '.join(missing)}", err=True)
         return not missing
@@ -175,10 +176,10 @@ def sweep_table(
     file: Annotated[Path, typer.Argument(help="What `sweep` wrote.")],
 ) -> None:
     """What a sweep measured: differences to dense on all photos and on either half of them."""
-    from benchmarks import sweep_table
+    from benchmarks.suites.quality import changes
 
     def run() -> bool:
-        sweep_table.show(file)
+        changes.show(file)
         return True
 
     _finish(run)
@@ -194,9 +195,9 @@ def quality_doc(
     """Write docs/quality.md from the raw files of `quality` and `sweep`."""
 
     def run() -> bool:
-        from benchmarks import quality_doc
+        from benchmarks.report import quality_document
 
-        quality_doc.write(results, out)
+        quality_document.write(results, out)
         return True
 
     _finish(run)
@@ -212,9 +213,9 @@ def report(
     """Write docs/benchmarks.md and its pictures from the raw files of all suites."""
 
     def run() -> bool:
-        from benchmarks import report
+        from benchmarks.report import document
 
-        report.write(results, out)
+        document.write(results, out)
         return True
 
     _finish(run)
@@ -235,7 +236,7 @@ def candidates(
     """Variants for `sweep`, each with the computed work of the released preset."""
 
     def run() -> bool:
-        from benchmarks import candidates
+        from benchmarks.suites.quality import candidates
         from sparsesam_jax.checkpoints import native as files
         from sparsesam_jax.checkpoints.pretrained import locate
 
@@ -255,7 +256,7 @@ def presets() -> None:
     """The named sparsities of `quality`."""
     from rich.console import Console
 
-    from benchmarks.variants import preset_table
+    from benchmarks.suites.quality.variants import preset_table
 
     Console().print(preset_table())
 

@@ -15,8 +15,8 @@ import pytest
 from test_benchmarks import ROOT
 from typer.testing import CliRunner
 
-from benchmarks import report, report_data
 from benchmarks.__main__ import app
+from benchmarks.report import data, document
 
 Records = Sequence[dict[str, Any]]
 COMMON: dict[str, Any] = {
@@ -103,7 +103,7 @@ def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         write(results, RECORDS[::order])
-        report.write(results, folder / "benchmarks.md")
+        document.write(results, folder / "benchmarks.md")
         written.append(contents(folder))
     assert written[0] == written[1]
     names = ("encoder", "decomposition", "roofline", "scaling")
@@ -133,7 +133,7 @@ def test_another_dtype_is_in_the_first_table_alone(tmp_path: Path) -> None:
         [encoder("mosaic_gpu", 1.0, 8.75, dtype="float16", parts_ms={"matmul": 1.0})],
     ):
         results = write(tmp_path / "results", [*RECORDS, *other])
-        report.write(results, folder / "benchmarks.md")
+        document.write(results, folder / "benchmarks.md")
         written.append(contents(folder))
     usual, both = written
     line = "| vit_l | 8 | dense | mosaic_gpu float16 | 8.75 | "
@@ -151,19 +151,19 @@ def test_newest_record_wins(tmp_path: Path) -> None:
     )
     nowhere = failed | {"device": None}
     write(tmp_path, [encoder("xla", 1.0, 0.0, **nowhere)], "c.jsonl")
-    found = {r["implementation"]: r["ms_per_image"] for r in report_data.newest(tmp_path)}
+    found = {r["implementation"]: r["ms_per_image"] for r in data.newest(tmp_path)}
     assert found == {"xla": 2.0, "mosaic_gpu": 3.0}
 
 
 def test_scaling_runs_of_one_axis_each_meet(tmp_path: Path) -> None:
     write(tmp_path, [scaling(["batch"], 8, 8.0), scaling(["image_size"], 8, 8.5)])
-    (found,) = report_data.newest(tmp_path)
+    (found,) = data.newest(tmp_path)
     assert found["axes"] == ["batch", "image_size"]
 
 
 def test_needs_records(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="results must hold records of a suite, got none"):
-        report_data.newest(tmp_path)
+        data.newest(tmp_path)
     result = CliRunner().invoke(app, ["report", "--results", str(tmp_path)])
     assert result.exit_code == 2
     assert result.output.startswith("error: results must hold") and result.output.count("\n") == 1

@@ -13,9 +13,16 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import candidates, records, shapes, sweep_table
+from benchmarks import records, shapes
 from benchmarks.__main__ import app
-from benchmarks.variants import DENSE, PRESETS, Variant, preset_variants, read_variants
+from benchmarks.suites.quality import candidates, changes
+from benchmarks.suites.quality.variants import (
+    DENSE,
+    PRESETS,
+    Variant,
+    preset_variants,
+    read_variants,
+)
 from sparsesam_jax import Sparsity
 from sparsesam_jax.checkpoints import native
 from sparsesam_jax.methods import NAMES
@@ -185,7 +192,7 @@ def test_sweep_continues_what_was_cut(photos: list[str], tmp_path: Path) -> None
     for record in found[:4:2]:
         for key in ("iou", "agreement", "feature_error"):
             assert record[key] == pytest.approx(expected[record["variant"]][key], abs=1e-4)
-    rows = {row.summary["variant"]: row for row in sweep_table.rows(out)}
+    rows = {row.summary["variant"]: row for row in changes.rows(out)}
     assert set(rows) == {"sparse", "mean", "tome"}
     assert rows["sparse"].all.mean == pytest.approx(
         np.subtract(found[2]["iou"], found[0]["iou"]).mean()
@@ -199,9 +206,9 @@ def test_sweep_continues_what_was_cut(photos: list[str], tmp_path: Path) -> None
 
 def test_halves_share_no_photo() -> None:
     names = [f"{index:04}" for index in range(801, 1001)]
-    half = sweep_table.choosing_half(names)
+    half = changes.choosing_half(names)
     assert half.sum() == 100
-    again = sweep_table.choosing_half(names[::-1])
+    again = changes.choosing_half(names[::-1])
     np.testing.assert_array_equal(half, again[::-1])
 
 

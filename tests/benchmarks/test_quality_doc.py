@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import quality_doc, shapes
+from benchmarks import shapes
 from benchmarks.__main__ import app
-from benchmarks.variants import Variant
+from benchmarks.report import quality_document
+from benchmarks.suites.quality.variants import Variant
 from sparsesam_jax import Sparsity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,8 +83,8 @@ def test_verdicts_follow_the_numbers(tmp_path: Path) -> None:
     )
     (tmp_path / "cpu.jsonl").write_text("not about quality\n")
     paths = sorted(tmp_path.glob("quality*.jsonl"))
-    text = quality_doc.document(paths)
-    assert text == quality_doc.document(paths)
+    text = quality_document.document(paths)
+    assert text == quality_document.document(paths)
     # Found by what was measured, the latest first.
     assert "dispersion of the keys, per head | 0.4 | -0.0080 | -0.0081 | yes |" in text
     assert "Density 0.4: loss 0.0039, target at most 0.004: met." in text
@@ -108,4 +109,4 @@ def test_without_raw_files_nothing_is_written(tmp_path: Path) -> None:
 def test_a_file_without_dense_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "quality_a.jsonl").write_text(text)
     with pytest.raises(ValueError, match="must hold a sweep with its dense record"):
-        quality_doc.write(tmp_path, tmp_path / "quality.md")
+        quality_document.write(tmp_path, tmp_path / "quality.md")

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from models import SMALL, random_weights
 
-from benchmarks import simulated
+from benchmarks.suites.quality import simulated
 from sparsesam_jax import Sam, Sparsity, methods
 from sparsesam_jax.methods.group_update import GroupUpdate
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from benchmarks import records
 from benchmarks.records import Record
-from benchmarks.sweep_table import Change, Row, photo_ious, rows
-from benchmarks.variants import DENSE, PRESETS, Variant, recorded_sparsity
+from benchmarks.suites.quality.changes import Change, Row, photo_ious, rows
+from benchmarks.suites.quality.variants import DENSE, PRESETS, Variant, recorded_sparsity
 from sparsesam_jax.config import PRESETS as MODELS
 from sparsesam_jax.config import Sparsity
 from sparsesam_jax.methods import NAMES, as_sparsity

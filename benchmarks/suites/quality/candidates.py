@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.variants import Variant
+from benchmarks.suites.quality.variants import Variant
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.methods import NAMES
 from sparsesam_jax.sparsity.work import encoder_work

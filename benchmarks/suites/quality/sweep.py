@@ -25,9 +25,10 @@ from flax import nnx
 from jaxtyping import Array
 from rich.console import Console
 
-from benchmarks import quality, records, simulated
+from benchmarks import records
 from benchmarks.records import Record
-from benchmarks.variants import DENSE, Variant
+from benchmarks.suites.quality import measure, simulated
+from benchmarks.suites.quality.variants import DENSE, Variant
 from sparsesam_jax import Sam
 from sparsesam_jax.evaluation.datasets import Photo
 from sparsesam_jax.evaluation.metrics import relative_error
@@ -79,9 +80,9 @@ class Options:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
     @property
-    def quality(self) -> quality.Options:
+    def quality(self) -> measure.Options:
         """The same for `quality`."""
-        return quality.Options(
+        return measure.Options(
             images=self.images,
             masks=self.masks,
             weights=self.weights,
@@ -176,10 +177,10 @@ class _Sweep:
     def __init__(self, options: Options, pool: Executor):
         self._options = options.quality
         self._pool = pool
-        self._sam = quality.load(self._options)
+        self._sam = measure.load(self._options)
         if self._sam.config.hq:
             raise ValueError("a sweep needs weights of SAM, got SAM-HQ's")
-        self._photos = quality.read_photos(self._options, pool)
+        self._photos = measure.read_photos(self._options, pool)
         size = min(self._options.batch, len(self._photos))
         groups = [self._photos[i : i + size] for i in range(0, len(self._photos), size)]
         self._batches = [self._batch(photos, size) for photos in groups]
@@ -273,17 +274,17 @@ class _Sweep:
             for x, y, batch in zip(outcome.features, dense.features, self._batches, strict=True)
         ]
         rows = {
-            "iou": quality.map_iou(pool, outcome.masks, truth),
-            "agreement": quality.map_iou(pool, outcome.masks, dense.masks),
+            "iou": measure.map_iou(pool, outcome.masks, truth),
+            "agreement": measure.map_iou(pool, outcome.masks, dense.masks),
             "feature_error": np.concatenate(errors),
         }
         common = {"suite": "sweep", "variant": variant.name}
         ids = [photo.name for photo in self._photos]
-        summary = quality.describe(self._options, self._photos) | common | {"kind": "summary"}
-        dense_iou = quality.map_iou(pool, dense.masks, truth)
-        summary |= quality.scores(variant, rows, dense_iou)
+        summary = measure.describe(self._options, self._photos) | common | {"kind": "summary"}
+        dense_iou = measure.map_iou(pool, dense.masks, truth)
+        summary |= measure.scores(variant, rows, dense_iou)
         summary["gmacs"] = variant.gmacs(self._sam.config.image_encoder)
-        return [common | {"kind": "per_photo", "ids": ids} | quality.rounded(rows), summary]
+        return [common | {"kind": "per_photo", "ids": ids} | measure.rounded(rows), summary]
 
 
 class _Outcome(NamedTuple):

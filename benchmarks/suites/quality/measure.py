@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks import records
 from benchmarks.records import Record, Write
-from benchmarks.variants import DENSE, Variant
+from benchmarks.suites.quality.variants import DENSE, Variant
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax import Sam, SamPredictor
 from sparsesam_jax.checkpoints.native import DTYPES

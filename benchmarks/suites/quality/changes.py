@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks import records
 from benchmarks.records import Record
-from benchmarks.variants import DENSE
+from benchmarks.suites.quality.variants import DENSE
 from sparsesam_jax.evaluation.metrics import bootstrap_interval
 
 _WIDTH = 140  # a log has no width of its own

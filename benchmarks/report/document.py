@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import growth, report_data
 from benchmarks.records import Record
-from benchmarks.tables import number
+from benchmarks.report import data, growth
+from benchmarks.report.tables import number
 
 _HEAD = """# Benchmarks
 
@@ -35,52 +35,52 @@ def write(results: Path, out: Path) -> None:
     Raises:
         ValueError: There is no record of any suite.
     """
-    from benchmarks import report_plots
+    from benchmarks.report import plots
 
-    found = report_data.newest(results)
-    device = report_data.main_device(found)
-    dtype = report_data.main_dtype(found)
+    found = data.newest(results)
+    device = data.main_device(found)
+    dtype = data.main_dtype(found)
     shown = [
         r
         for r in found
         if r["device"] == device and (r["suite"] != "encoder" or r["dtype"] == dtype)
     ]
-    pictures = report_plots.draw(shown, out.parent, out.stem)
+    pictures = plots.draw(shown, out.parent, out.stem)
     out.write_text(document(found, pictures), encoding="utf-8")
 
 
 def document(found: Sequence[Record], pictures: dict[str, str]) -> str:
     """The document's text; `pictures` are the main device's, file names by section."""
-    parts, main = [_HEAD, _missing(found)], report_data.main_device(found)
-    for device in report_data.devices(found, "encoder"):
-        own = report_data.measured(found, "encoder", device)
+    parts, main = [_HEAD, _missing(found)], data.main_device(found)
+    for device in data.devices(found, "encoder"):
+        own = data.measured(found, "encoder", device)
         shown = pictures if device == main else {}
         parts.append(_encoder(device, own, shown))
-        own = [r for r in own if r["dtype"] == report_data.main_dtype(own)]
+        own = [r for r in own if r["dtype"] == data.main_dtype(own)]
         parts.append(_decomposition(own, shown))
         parts.append(_parts(own, shown))
-    for device in report_data.devices(found, "kernels"):
-        parts.append(_kernels(device, report_data.measured(found, "kernels", device)))
-    for device in report_data.devices(found, "end-to-end"):
-        parts.append(_end_to_end(device, report_data.measured(found, "end-to-end", device)))
-    for device in report_data.devices(found, "scaling"):
+    for device in data.devices(found, "kernels"):
+        parts.append(_kernels(device, data.measured(found, "kernels", device)))
+    for device in data.devices(found, "end-to-end"):
+        parts.append(_end_to_end(device, data.measured(found, "end-to-end", device)))
+    for device in data.devices(found, "scaling"):
         shown = pictures if device == main else {}
-        parts.append(_scaling(device, report_data.measured(found, "scaling", device), shown))
-    for device in report_data.devices(found, "ceilings"):
-        parts.append(_ceilings(device, report_data.measured(found, "ceilings", device)))
-    for device in report_data.devices(found, "cpu"):
-        parts.append(_cpu(device, report_data.measured(found, "cpu", device)))
+        parts.append(_scaling(device, data.measured(found, "scaling", device), shown))
+    for device in data.devices(found, "ceilings"):
+        parts.append(_ceilings(device, data.measured(found, "ceilings", device)))
+    for device in data.devices(found, "cpu"):
+        parts.append(_cpu(device, data.measured(found, "cpu", device)))
     parts.append(_not_run(found))
     return "\n".join(part for part in parts if part)
 
 
 def _missing(found: Sequence[Record]) -> str:
-    suites = [name for name in report_data.SUITES if not report_data.measured(found, name)]
+    suites = [name for name in data.SUITES if not data.measured(found, name)]
     return f"Not run: {', '.join(suites)}.\n" if suites else ""
 
 
 def _encoder(device: str, own: Sequence[Record], pictures: dict[str, str]) -> str:
-    dtype, lines = report_data.main_dtype(own), []
+    dtype, lines = data.main_dtype(own), []
     for r in own:
         if r["sparse"] != "attention":
             name = _name(r) if r["dtype"] == dtype else f"{_name(r)} {r['dtype']}"
@@ -92,7 +92,7 @@ def _encoder(device: str, own: Sequence[Record], pictures: dict[str, str]) -> st
 
 def _decomposition(own: Sequence[Record], pictures: dict[str, str]) -> str:
     lines = []
-    for last, steps in report_data.decomposition(own):
+    for last, steps in data.decomposition(own):
         cells = [last["model"], f"{last['batch']}", f"{last['density']:g}"]
         for index, (_, r) in enumerate(steps):
             before = steps[index - 1][1]["ms_per_image"] if index else None
@@ -112,7 +112,7 @@ def _decomposition(own: Sequence[Record], pictures: dict[str, str]) -> str:
 def _parts(own: Sequence[Record], pictures: dict[str, str]) -> str:
     lines = []
     for r in _profiled(own):
-        found = report_data.parts(r)
+        found = data.parts(r)
         floor = r.get("floor_ms") or {}
         cells = [r["model"], f"{r['batch']}", _density(r), r["implementation"]]
         cells += [f"{ms / r['batch']:.3f}" for ms in found.values()]
@@ -121,7 +121,7 @@ def _parts(own: Sequence[Record], pictures: dict[str, str]) -> str:
             for name in ("products", "attention")
         ]
         lines.append(cells)
-    names = [*report_data.PARTS, report_data.OTHER]
+    names = [*data.PARTS, data.OTHER]
     return section(
         "Where the time goes",
         "ms an image of GPU kernels by the profiler, and the floors of products and attention.",

@@ -14,11 +14,11 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from benchmarks import growth, report_data
 from benchmarks.records import Record
+from benchmarks.report import data, growth
 
 _STYLE: Any = {"svg.hashsalt": "sparsesam_jax", "svg.fonttype": "path", "font.size": 9}
-_COLOURS = {name: f"C{index}" for index, name in enumerate(report_data.IMPLEMENTATIONS)}
+_COLOURS = {name: f"C{index}" for index, name in enumerate(data.IMPLEMENTATIONS)}
 _SHOWN = (1.0, 0.3)  # densities of the roofline
 _HASHED_ID = re.compile(r"\b[hmp][0-9a-f]{10}\b")  # of hatches, markers and clip paths
 
@@ -31,7 +31,7 @@ def draw(found: Sequence[Record], folder: Path, stem: str) -> dict[str, str]:
         folder: Where the pictures go.
         stem: What their names begin with.
     """
-    encoder, scaling = (report_data.measured(found, name) for name in ("encoder", "scaling"))
+    encoder, scaling = (data.measured(found, name) for name in ("encoder", "scaling"))
     drawings: dict[str, Callable[[], Any]] = {
         "encoder": lambda: _encoder([r for r in encoder if r["sparse"] != "attention"]),
         "decomposition": lambda: _decomposition(encoder),
@@ -97,7 +97,7 @@ def _encoder(own: Sequence[Record]) -> Any:
 
 def _decomposition(own: Sequence[Record]) -> Any:
     """A bar for every step from naive dense to sparse."""
-    found = report_data.decomposition(own)
+    found = data.decomposition(own)
     if not found:
         return None
     figure, axes = plt.subplots(
@@ -126,10 +126,10 @@ def _roofline(own: Sequence[Record]) -> Any:
     if not found:
         return None
     figure, plot = plt.subplots(figsize=(8, 0.42 * len(found) + 1.6), layout="constrained")
-    names = [*report_data.PARTS, report_data.OTHER]
+    names = [*data.PARTS, data.OTHER]
     for row, r in enumerate(found):
         left = 0.0
-        for index, ms in enumerate(report_data.parts(r).values()):
+        for index, ms in enumerate(data.parts(r).values()):
             ms /= r["batch"]
             label = names[index] if row == 0 else None
             plot.barh(row, ms, 0.4, left=left, color=f"C{index}", label=label)

@@ -13,7 +13,7 @@ from rich.table import Table
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 
 if TYPE_CHECKING:
-    from benchmarks import simulated
+    from benchmarks.suites.quality import simulated
     from sparsesam_jax import Sam
 
 
@@ -75,7 +75,7 @@ class Variant(NamedTuple):
     @property
     def program(self) -> simulated.Program | None:
         """What its sparsity shares with others in a sweep; None where nothing is shared."""
-        from benchmarks import simulated
+        from benchmarks.suites.quality import simulated
 
         sparsity = self._kept()
         update = None if self.group_update is None else self._grouped()
@@ -85,7 +85,7 @@ class Variant(NamedTuple):
 
     def knobs(self, config: ImageEncoderConfig) -> simulated.Knobs:
         """What its sparsity keeps, for its `program`."""
-        from benchmarks import simulated
+        from benchmarks.suites.quality import simulated
 
         sparsity = self._kept()
         assert sparsity is not None
