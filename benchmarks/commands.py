@@ -101,7 +101,7 @@ def _show(name: str, outcome: Outcome) -> None:
     if name == "scaling":
         from benchmarks.report import growth
 
-        tables.show_fits(growth.fits(own))
+        tables.print_table("Growth: exponents of power laws", growth.COLUMNS, growth.fits(own))
 
 
 def _print_parts(record: Record, count: int) -> None:

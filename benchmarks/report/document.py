@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.records import Record
 from benchmarks.report import data, growth
-from benchmarks.report.tables import number
+from benchmarks.report.tables import Columns, filled, markdown
 
-_HEAD = """# Benchmarks
-
-Written by `python -m benchmarks report` from the raw files in
-[benchmarks/results](../benchmarks/results), the newest record of every case; a test writes it again
-and compares every byte. Weights are random and the same for all, images are random; outputs are
-compared with float32 XLA before anything is timed, and what disagrees is not timed. Every case runs
-in a process of its own; times are medians of 20 runs (or as many as is said) after warm-up, on the
-host's clock and until the result is there; compilation is apart. MiB is the framework's own peak
-allocation, weights included. TFLOP/s count what the algorithm needs. *Of ceiling* is the time that
-the same products and the same attention would take at the rates that XLA's plain products and
-cuDNN's attention without bias reached in the same run, over the time measured. *Queued* is with
-every call launched before the one before it has ended.
-"""
-_COLUMNS = ("ms an image", "quartiles", "queued", "MiB", "TFLOP/s", "of ceiling", "error")
+TEMPLATE = Path(__file__).with_name("benchmarks.template.md")
 
 
 def write(results: Path, out: Path) -> None:
@@ -38,8 +27,7 @@ def write(results: Path, out: Path) -> None:
     from benchmarks.report import plots
 
     found = data.newest(results)
-    device = data.main_device(found)
-    dtype = data.main_dtype(found)
+    device, dtype = data.most(found, "device"), data.most(found, "dtype")
     shown = [
         r
         for r in found
@@ -49,287 +37,206 @@ def write(results: Path, out: Path) -> None:
     out.write_text(document(found, pictures), encoding="utf-8")
 
 
-def document(found: Sequence[Record], pictures: dict[str, str]) -> str:
-    """The document's text; `pictures` are the main device's, file names by section."""
-    parts, main = [_HEAD, _missing(found)], data.main_device(found)
-    for device in data.devices(found, "encoder"):
-        own = data.measured(found, "encoder", device)
-        shown = pictures if device == main else {}
-        parts.append(_encoder(device, own, shown))
-        own = [r for r in own if r["dtype"] == data.main_dtype(own)]
-        parts.append(_decomposition(own, shown))
-        parts.append(_parts(own, shown))
-    for device in data.devices(found, "kernels"):
-        parts.append(_kernels(device, data.measured(found, "kernels", device)))
-    for device in data.devices(found, "end-to-end"):
-        parts.append(_end_to_end(device, data.measured(found, "end-to-end", device)))
-    for device in data.devices(found, "scaling"):
-        shown = pictures if device == main else {}
-        parts.append(_scaling(device, data.measured(found, "scaling", device), shown))
-    for device in data.devices(found, "ceilings"):
-        parts.append(_ceilings(device, data.measured(found, "ceilings", device)))
-    for device in data.devices(found, "cpu"):
-        parts.append(_cpu(device, data.measured(found, "cpu", device)))
-    parts.append(_not_run(found))
-    return "\n".join(part for part in parts if part)
+def document(found: Sequence[Record], pictures: Mapping[str, str]) -> str:
+    """The document's text; `pictures` are the main device's, file names by what they show."""
+    head, *others = TEMPLATE.read_text(encoding="utf-8").split("\n## ")
+    texts = {text.partition("\n")[0]: f"## {text}" for text in others}
+    not_run = [suite for suite in data.SUITES if not data.measured(found, suite)]
+    missing = f"Not run: {', '.join(not_run)}." if not_run else ""
+    parts = [filled(head, missing=missing)]
+    for suite in dict.fromkeys(section.suite for section in _SECTIONS.values()):
+        for device in data.devices(found, suite):
+            own = [_values(r) for r in data.measured(found, suite, device)]
+            values = _told(device, own)
+            for name in PICTURES:
+                drawn = name in pictures and device == data.most(found, "device")
+                values[f"{name}_picture"] = f"![{name}]({pictures[name]})" if drawn else ""
+            for title, section in _SECTIONS.items():
+                rows = section.rows(own) if section.suite == suite else []
+                if rows:
+                    table = markdown(section.columns, rows)
+                    parts.append(filled(texts[title], table=table, **values))
+    if failed := _not_run(found):
+        table = markdown({"why": "{why}", "which": "{which}"}, failed)
+        parts.append(filled(texts["Cases that did not run"], table=table))
+    return "\n".join(parts)
 
 
-def _missing(found: Sequence[Record]) -> str:
-    suites = [name for name in data.SUITES if not data.measured(found, name)]
-    return f"Not run: {', '.join(suites)}.\n" if suites else ""
-
-
-def _encoder(device: str, own: Sequence[Record], pictures: dict[str, str]) -> str:
-    dtype, lines = data.main_dtype(own), []
-    for r in own:
-        if r["sparse"] != "attention":
-            name = _name(r) if r["dtype"] == dtype else f"{_name(r)} {r['dtype']}"
-            lines.append([r["model"], f"{r['batch']}", _density(r), name, *_cells(r)])
-    text = f"{_provenance(device, own)} Error: relative, Frobenius.{_what(own)}"
-    columns = ["model", "batch", "density", "implementation", *_COLUMNS]
-    return section("Image encoder", text, columns, lines, pictures.get("encoder"))
-
-
-def _decomposition(own: Sequence[Record], pictures: dict[str, str]) -> str:
-    lines = []
-    for last, steps in data.decomposition(own):
-        cells = [last["model"], f"{last['batch']}", f"{last['density']:g}"]
-        for index, (_, r) in enumerate(steps):
-            before = steps[index - 1][1]["ms_per_image"] if index else None
-            gain = f" ({before / r['ms_per_image']:.2f} x)" if before else ""
-            cells.append(f"{r['ms_per_image']:.2f}{gain}")
-        lines.append(cells)
-    names = ["dense, XLA", "dense, kernels", "sparse attention", "attention and MLP"]
-    return section(
-        "Implementation and algorithm apart",
-        "ms an image, and how many times faster than the step before.",
-        ["model", "batch", "density", *names],
-        lines,
-        pictures.get("decomposition"),
-    )
-
-
-def _parts(own: Sequence[Record], pictures: dict[str, str]) -> str:
-    lines = []
-    for r in _profiled(own):
-        found = data.parts(r)
-        floor = r.get("floor_ms") or {}
-        cells = [r["model"], f"{r['batch']}", _density(r), r["implementation"]]
-        cells += [f"{ms / r['batch']:.3f}" for ms in found.values()]
-        cells += [
-            number(floor[name] / r["batch"] if name in floor else None, ".3f")
-            for name in ("products", "attention")
-        ]
-        lines.append(cells)
-    names = [*data.PARTS, data.OTHER]
-    return section(
-        "Where the time goes",
-        "ms an image of GPU kernels by the profiler, and the floors of products and attention.",
-        ["model", "batch", "density", "implementation", *names, "products' floor", "attention's"],
-        lines,
-        pictures.get("roofline"),
-    )
-
-
-def _profiled(own: Sequence[Record]) -> list[Record]:
-    return [r for r in own if r.get("parts_ms") and r["sparse"] != "attention"]
-
-
-def _kernels(device: str, own: Sequence[Record]) -> str:
-    lines = [
-        [
-            r["op"],
-            r["model"],
-            f"{r['batch']}",
-            _density(r) + (f" {r['order']}" if r.get("order") else ""),
-            _name(r),
-            f"{r['median_ms']:.3f}",
-            f"{r['q1_ms']:.3f} to {r['q3_ms']:.3f}",
-            number(r.get("tflops"), ".0f"),
-            _share(r),
-            number(r.get("max_error"), ".1e"),
-        ]
-        for r in own
-    ]
-    columns = ["function", "model", "batch", "density", "implementation", "ms", "quartiles"]
-    alone = any("copies" not in r for r in own if r["peer"] == "sparsesam_jax")
-    launched = (
-        "Ours are launched one behind the other, which at batch 1 waits for the host, PyTorch's "
-        "are one CUDA graph."
-        if alone
-        else "Several runs are one CUDA graph."
-    )
-    text = (
-        f"{_provenance(device, own)} From packed QKV (or the residual stream) to the same, with "
-        f"position bias, LayerNorm and residual. {launched}"
-    )
-    return section("Kernels", text, [*columns, "TFLOP/s", "of ceiling", "error"], lines)
-
-
-def _end_to_end(device: str, own: Sequence[Record]) -> str:
-    lines = [
-        [
-            r["model"],
-            _density(r),
-            r["implementation"],
-            f"{r['prompts']}",
-            f"{r['median_ms']:.1f}",
-            f"{r['q1_ms']:.1f} to {r['q3_ms']:.1f}",
-            *(f"{ms:.1f}" for ms in r["parts_ms"].values()),
-            number(r.get("max_error"), ".1e"),
-        ]
-        for r in own
-    ]
-    columns = ["model", "density", "implementation", "prompts", "ms", "quartiles"]
-    parts = ["preprocess", "encoder", "decoder", "upscale"]
-    text = (
-        f"{_provenance(device, own)} `set_image` and `predict` of one image; three masks a prompt. "
-        "*preprocess* and *upscale* run on the host where nothing else is said; *encoder* is what "
-        f"remains of `set_image`.{_what(own)}"
-    )
-    return section("From an image to its masks", text, [*columns, *parts, "error"], lines)
-
-
-def _scaling(device: str, own: Sequence[Record], pictures: dict[str, str]) -> str:
-    lines = [
-        [
-            f"{fit['axis']}".replace("_", " "),
-            f"{fit['model']}",
-            f"{fit['implementation']}",
-            f"{fit['density']}",
-            f"{fit['points']}",
-            *(
-                number(fit[name], ".2f")  # type: ignore[arg-type]
-                for name in ("time", "expected_time", "memory", "expected_memory")
-            ),
-        ]
-        for fit in growth.fits(own)
-    ]
-    columns = ["against", "model", "implementation", "density", "points"]
-    powers = ["time", "expected", "memory", "expected"]
-    text = (
-        f"{_provenance(device, own)} Exponents of power laws fitted to all points. Expected of "
-        "time is that of the counted multiply-accumulates; memory is XLA's temporary buffers, "
-        "without weights."
-    )
-    return section("Scaling", text, [*columns, *powers], lines, pictures.get("scaling"))
-
-
-def _ceilings(device: str, own: Sequence[Record]) -> str:
-    lines = [
-        [
-            r["model"],
-            f"{r['batch']}",
-            r["implementation"],
-            " x ".join(map(str, r["shape"])),
-            f"{r['median_ms']:.3f}",
-            f"{r['tflops']:.0f} TFLOP/s" if r.get("tflops") else f"{r['tbs']:.2f} TB/s",
-        ]
-        for r in own
-    ]
-    columns = ["model", "batch", "what", "shape", "ms", "rate"]
-    text = f"{_provenance(device, own)} XLA's plain products, attention without bias, a copy."
-    return section("Ceilings", text, columns, lines)
-
-
-def _cpu(device: str, own: Sequence[Record]) -> str:
-    lines = [
-        [
-            r["model"],
-            f"{r['batch']}",
-            _density(r),
-            _name(r),
-            f"{r['median_ms']:.0f}",
-            f"{r['q1_ms']:.0f} to {r['q3_ms']:.0f}",
-            f"{r['runs']}",
-            number(r.get("peak_mib"), ".0f"),
-            number(r.get("max_error"), ".0e"),
-        ]
-        for r in own
-    ]
-    columns = ["model", "batch", "density", "implementation", "ms", "quartiles", "runs", "MiB"]
-    threads = ", ".join(sorted({str(r["threads"]) for r in own}))
-    text = (
-        f"{_provenance(device, own)} float32, {threads} threads; MiB is the whole process. "
-        "Error: of the largest feature, dense beside PyTorch, sparse beside our dense, which is "
-        "what sparsity does to random weights."
-    )
-    return section("On a CPU", text, [*columns, "error"], lines)
-
-
-def _not_run(found: Sequence[Record]) -> str:
-    reasons: dict[str, list[str]] = {}
-    for r in found:
-        if r["not_run"]:
-            case = [r["suite"], r.get("op"), r.get("model"), f"B{r.get('batch')}", _density(r)]
-            words = (str(word) for word in (*case, r.get("implementation")) if word)
-            reasons.setdefault(r["not_run"], []).append(" ".join(words))
-    lines = [[reason, "; ".join(cases)] for reason, cases in sorted(reasons.items())]
-    return section("Cases that did not run", "", ["why", "which"], lines) if lines else ""
-
-
-def _name(r: Record) -> str:
+def _values(r: Record) -> Record:
+    """A record with what its tables show beside it."""
     peer = {"torch": "PyTorch ", "transformers": ""}.get(r["peer"], "")
-    return peer + r["implementation"]
+    density, queued = _density(r), r.get("queued_ms")
+    return r | {
+        "r": f"{density} {r['order']}" if r.get("order") else density,
+        "name": peer + r["implementation"],
+        "q1": r["q1_ms"] / r["batch"],
+        "q3": r["q3_ms"] / r["batch"],
+        "queued": queued / r["batch"] if queued else None,
+    }
 
 
 def _density(r: Record) -> str:
     return "dense" if r["density"] == 1 else f"{r['density']:g}"
 
 
-def _cells(r: Record) -> list[str]:
-    images = r["batch"]
-    return [
-        f"{r['ms_per_image']:.2f}",
-        f"{r['q1_ms'] / images:.2f} to {r['q3_ms'] / images:.2f}",
-        number(r["queued_ms"] / images if r.get("queued_ms") else None, ".2f"),
-        number(r.get("peak_mib"), ".0f"),
-        number(r.get("tflops"), ".0f"),
-        _share(r),
-        number(r.get("max_error"), ".1e"),
-    ]
+def _encoder(own: Sequence[Record]) -> list[Record]:
+    dtype = data.most(own, "dtype")
+    named = [r if r["dtype"] == dtype else r | {"name": f"{r['name']} {r['dtype']}"} for r in own]
+    return [r for r in named if r["sparse"] != "attention"]
 
 
-def _what(own: Sequence[Record]) -> str:
-    what = {r["implementation"]: r["what"] for r in own if r.get("what")}
-    told = "; ".join(f"*{name}*: {text}" for name, text in sorted(what.items()))
-    return f" What is run: {told}." if told else ""
+def _decomposition(own: Sequence[Record]) -> list[Record]:
+    rows = []
+    for steps in data.decomposition(_of_main_dtype(own)):
+        times = [r["ms_per_image"] for r in steps]
+        gains = ["", *(f" ({a / b:.2f} x)" for a, b in itertools.pairwise(times))]
+        told = [f"{ms:.2f}{gain}" for ms, gain in zip(times, gains, strict=True)]
+        rows.append(steps[-1] | dict(zip(data.STEPS, told, strict=True)))
+    return rows
 
 
-def _share(r: Record) -> str:
-    share = r.get("share_of_ceiling")
-    return "-" if share is None else f"{share:.0%}"
+def _parts(own: Sequence[Record]) -> list[Record]:
+    rows = []
+    for r in _of_main_dtype(own):
+        if r.get("parts_ms") and r["sparse"] != "attention":
+            floors = {f"floor of {name}": ms for name, ms in (r.get("floor_ms") or {}).items()}
+            shares = data.parts(r) | floors
+            rows.append(r | {name: ms / r["batch"] for name, ms in shares.items()})
+    return rows
 
 
-def _provenance(device: str, own: Sequence[Record]) -> str:
-    """Device, driver, versions, commits and files of some records."""
-    drivers = sorted({r["driver"] for r in own if r.get("driver")})
-    versions: dict[str, set[str]] = {}
-    for r in own:
-        for name in ("jax", "torch", "transformers"):
-            if name in r["versions"]:
-                versions.setdefault(name, set()).add(r["versions"][name])
-    commits = sorted({r["commit"][:7] for r in own if r.get("commit")})
-    files = sorted({r["file"] for r in own})
-    told = [device, *(f"driver {driver}" for driver in drivers)]
-    told += [f"{name} {' and '.join(sorted(found))}" for name, found in versions.items()]
+def _of_main_dtype(own: Sequence[Record]) -> list[Record]:
+    return [r for r in own if r["dtype"] == data.most(own, "dtype")]
+
+
+def _ceilings(own: Sequence[Record]) -> list[Record]:
+    return [r | {"shape": " x ".join(map(str, r["shape"]))} for r in own]
+
+
+class _Section(NamedTuple):
+    """A section of the template: what its table shows of a suite's records on a device."""
+
+    suite: str
+    columns: Columns
+    rows: Callable[[Sequence[Record]], Sequence[Mapping[str, object]]] = list
+
+
+_CASE = {"model": "{model}", "batch": "{batch}", "density r": "{r}"}
+_RATES = {
+    "TFLOP/s ↑": "{tflops:.0f}",
+    "of ceiling ↑": "{share_of_ceiling:.0%}",
+    "error ↓": "{max_error:.1e}",
+}
+_NAME = {"implementation": "{name}"}
+_OWN_NAME = {"implementation": "{implementation}"}
+_SHARES = (*data.PARTS, data.OTHER, "floor of products", "floor of attention")
+_SECTIONS = {
+    "Image encoder": _Section(
+        "encoder",
+        {
+            **_CASE,
+            **_NAME,
+            "ms an image ↓": "{ms_per_image:.2f}",
+            "quartiles": "{q1:.2f} to {q3:.2f}",
+            "queued ↓": "{queued:.2f}",
+            "MiB ↓": "{peak_mib:.0f}",
+            **_RATES,
+        },
+        _encoder,
+    ),
+    "Implementation and algorithm apart": _Section(
+        "encoder", _CASE | {f"{step} ↓": f"{{{step}}}" for step in data.STEPS}, _decomposition
+    ),
+    "Where the time goes": _Section(
+        "encoder", _CASE | _OWN_NAME | {f"{x} ↓": f"{{{x}:.3f}}" for x in _SHARES}, _parts
+    ),
+    "Kernels": _Section(
+        "kernels",
+        {
+            "function": "{op}",
+            **_CASE,
+            **_NAME,
+            "ms ↓": "{median_ms:.3f}",
+            "quartiles": "{q1_ms:.3f} to {q3_ms:.3f}",
+            **_RATES,
+        },
+    ),
+    "From an image to its masks": _Section(
+        "end-to-end",
+        {
+            "model": "{model}",
+            "density r": "{r}",
+            **_OWN_NAME,
+            "prompts": "{prompts}",
+            "ms ↓": "{median_ms:.1f}",
+            "quartiles": "{q1_ms:.1f} to {q3_ms:.1f}",
+            **{f"{x} ↓": f"{{{x}:.1f}}" for x in ("preprocess", "encoder", "decoder", "upscale")},
+            "error ↓": "{max_error:.1e}",
+        },
+        lambda own: [r | r["parts_ms"] for r in own],
+    ),
+    "Scaling": _Section("scaling", growth.COLUMNS, growth.fits),
+    "Ceilings": _Section(
+        "ceilings",
+        {
+            "model": "{model}",
+            "batch": "{batch}",
+            "what": "{implementation}",
+            "shape": "{shape}",
+            "ms ↓": "{median_ms:.3f}",
+            "TFLOP/s ↑": "{tflops:.0f}",
+            "TB/s ↑": "{tbs:.2f}",
+        },
+        _ceilings,
+    ),
+    "On a CPU": _Section(
+        "cpu",
+        {
+            **_CASE,
+            **_NAME,
+            "ms ↓": "{median_ms:.0f}",
+            "quartiles": "{q1_ms:.0f} to {q3_ms:.0f}",
+            "runs": "{runs}",
+            "MiB ↓": "{peak_mib:.0f}",
+            "error ↓": "{max_error:.0e}",
+        },
+    ),
+}
+PICTURES = ("encoder", "decomposition", "roofline", "scaling")
+
+
+def _not_run(found: Sequence[Record]) -> list[dict[str, str]]:
+    reasons: dict[str, list[str]] = {}
+    for r in found:
+        if r["not_run"]:
+            case = [r["suite"], r.get("op"), r.get("model"), f"B{r.get('batch')}", _density(r)]
+            words = (str(word) for word in (*case, r.get("implementation")) if word)
+            reasons.setdefault(r["not_run"], []).append(" ".join(words))
+    return [{"why": why, "which": "; ".join(cases)} for why, cases in sorted(reasons.items())]
+
+
+def _told(device: str, own: Sequence[Record]) -> dict[str, str]:
+    """What the template says of the records: what they are of and with what they were made."""
+    told = [device, *(f"driver {driver}" for driver in _names(r.get("driver") for r in own))]
+    for package in ("jax", "torch", "transformers"):
+        versions = _names(r["versions"].get(package) for r in own)
+        told += [f"{package} {' and '.join(versions)}"] if versions else []
+    commits = _names((r.get("commit") or "")[:7] for r in own)
     told += [f"commit {' and '.join(commits)}"] if commits else []
-    links = ", ".join(f"[{name}](../benchmarks/results/{name})" for name in files)
-    return f"{', '.join(told)}; {links}."
+    files = [f"[{file}](../benchmarks/results/{file})" for file in _names(r["file"] for r in own)]
+    what = {r["implementation"]: r["what"] for r in own if r.get("what")}
+    alone = any("copies" not in r for r in own if r["peer"] == "sparsesam_jax")
+    return {
+        "provenance": f"{', '.join(told)}; {', '.join(files)}.",
+        "what": "\n".join(f"- *{name}*: {text}." for name, text in sorted(what.items())),
+        "threads": ", ".join(_names(r.get("threads") for r in own)),
+        "launched": "Ours are launched one behind the other, which at batch 1 waits for the host. "
+        "PyTorch's are one CUDA graph."
+        if alone
+        else "Several runs are one CUDA graph.",
+    }
 
 
-def section(
-    title: str,
-    text: str,
-    columns: Sequence[str],
-    lines: Sequence[Sequence[str]],
-    picture: str | None = None,
-) -> str:
-    """A section with a table; nothing without lines."""
-    if not lines:
-        return ""
-    table = [columns, ["---"] * len(columns), *lines]
-    body = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    image = f"![{title}]({picture})\n\n" if picture else ""
-    told = f"{text}\n\n" if text else ""
-    return f"## {title}\n\n{told}{image}{body}\n"
+def _names(values: Iterable[object]) -> list[str]:
+    """What there is, once, in order."""
+    return sorted({str(value) for value in values if value})

@@ -103,9 +103,9 @@ def _decomposition(own: Sequence[Record]) -> Any:
     figure, axes = plt.subplots(
         1, len(found), figsize=(2.6 * len(found) + 1, 3), squeeze=False, layout="constrained"
     )
-    for plot, (last, steps) in zip(axes[0], found, strict=True):
-        times = [r["ms_per_image"] for _, r in steps]
-        names = [name.replace(" and", "\nand") for name, _ in steps]
+    for plot, steps in zip(axes[0], found, strict=True):
+        last, times = steps[-1], [r["ms_per_image"] for r in steps]
+        names = [name.replace(" and", "\nand") for name in data.STEPS]
         bars = plot.bar(range(len(steps)), times, color=["C1", "C0", "C2", "C3"])
         plot.bar_label(bars, fmt="%.2f")
         plot.set_xticks(range(len(steps)), names, rotation=30, ha="right")

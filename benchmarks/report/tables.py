@@ -1,8 +1,14 @@
-"""The table that a suite ends with."""
+"""Tables of records, on a terminal and in a document.
+
+A column is its head and a template as `str.format` has them, over the fields of a record; what a
+record lacks is a dash. In heads, ↓ and ↑ say whether lower or higher is better.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,74 +17,74 @@ from rich.table import Table
 
 from benchmarks.records import Record
 
-COLUMNS = ("ms", "quartiles", "ms an image", "MiB", "error", "TFLOP/s", "of ceiling", "compile s")
+Columns = Mapping[str, str]
+Rows = Iterable[Mapping[str, Any]]
+
+TIMES = {
+    "ms ↓": "{median_ms:.3f}",
+    "quartiles": "{q1_ms:.3f}-{q3_ms:.3f}",
+    "ms an image ↓": "{ms_per_image:.3f}",
+    "MiB ↓": "{peak_mib:.0f}",
+    "error ↓": "{max_error:.1e}",
+    "TFLOP/s ↑": "{tflops:.1f}",
+    "of ceiling ↑": "{share_of_ceiling:.0%}",
+    "compile s ↓": "{compile_s:.0f}",
+}
+_WIDTH = 190  # a log has no width of its own
+
+
+class _Shown:
+    """A value, or a dash where there is none."""
+
+    def __init__(self, value: object):
+        self._value = value
+
+    def __format__(self, spec: str) -> str:
+        return "-" if self._value is None else format(self._value, spec)
+
+
+def cells(row: Mapping[str, Any], columns: Columns) -> list[str]:
+    """A row's text, column after column."""
+    shown = defaultdict(lambda: _Shown(None), {key: _Shown(value) for key, value in row.items()})
+    return [template.format_map(shown) for template in columns.values()]
+
+
+def markdown(columns: Columns, rows: Rows) -> str:
+    """A table of a document; nothing without rows."""
+    lines = [cells(row, columns) for row in rows]
+    table = [list(columns), ["---"] * len(columns), *lines] if lines else []
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def filled(template: str, **values: object) -> str:
+    """A document's template with its values; what is empty leaves one blank line."""
+    return re.sub(r"\n{3,}", "\n\n", template.format(**values)).strip() + "\n"
+
+
+def print_table(title: str, columns: Columns, rows: Rows, caption: str = "") -> None:
+    """Print a table; nothing without rows."""
+    table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for head, template in columns.items():
+        table.add_column(head, no_wrap=True, justify="right" if ":" in template else "left")
+    for row in rows:
+        table.add_row(*cells(row, columns))
+    if table.row_count:
+        console = Console()
+        (console if console.is_terminal else Console(width=_WIDTH)).print(table)
 
 
 def show(title: str, results: Sequence[Record], keys: Sequence[str], caption: str = "") -> None:
-    """Print what was measured: `keys` name a line, `COLUMNS` say what came out."""
-    table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for key in keys:
-        table.add_column(key, no_wrap=True)
-    for column in COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    for r in results:
-        if r["not_run"] is None and r.get("median_ms") is not None:
-            table.add_row(*(_text(r.get(key)) for key in keys), *_cells(r))
-    _print(table)
+    """Print what was measured: `keys` name a line, `TIMES` say what came out."""
+    timed = [r for r in results if r["not_run"] is None and r.get("median_ms") is not None]
+    print_table(title, _named(keys) | TIMES, timed, caption)
 
 
 def show_parts(results: Sequence[Record], keys: Sequence[str]) -> None:
     """Print the parts of what has some, in milliseconds."""
-    found = [r for r in results if r.get("parts_ms")]
-    if not found:
-        return
-    table = Table(title="Parts, ms", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in (*keys, *found[0]["parts_ms"]):
-        table.add_column(column, no_wrap=True)
-    for r in found:
-        parts = (number(ms, ".2f") for ms in r["parts_ms"].values())
-        table.add_row(*(_text(r.get(key)) for key in keys), *parts)
-    _print(table)
+    rows = [r | r["parts_ms"] for r in results if r.get("parts_ms")]
+    parts = {f"{part} ↓": f"{{{part}:.2f}}" for r in rows[:1] for part in r["parts_ms"]}
+    print_table("Parts, ms", _named(keys) | parts, rows)
 
 
-def show_fits(fits: Sequence[Mapping[str, Any]]) -> None:
-    """Print fitted exponents beside the expected ones."""
-    if not fits:
-        return
-    table = Table(title="Growth: exponents of power laws", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in fits[0]:
-        table.add_column(column.replace("_", " "), no_wrap=True)
-    for fit in fits:
-        cells = (number(x, ".2f") if x is None or isinstance(x, float) else x for x in fit.values())
-        table.add_row(*cells)
-    _print(table)
-
-
-def _print(table: Table) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=190)
-    console.print(table)
-
-
-def _cells(r: Record) -> list[str]:
-    share = r.get("share_of_ceiling")
-    return [
-        number(r["median_ms"], ".3f"),
-        f"{number(r['q1_ms'], '.3f')}-{number(r['q3_ms'], '.3f')}",
-        number(r.get("ms_per_image"), ".3f"),
-        number(r.get("peak_mib"), ".0f"),
-        number(r.get("max_error"), ".1e"),
-        number(r.get("tflops"), ".1f"),
-        "-" if share is None else f"{share:.0%}",
-        number(r.get("compile_s"), ".0f"),
-    ]
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
-
-
-def number(value: float | None, spec: str) -> str:
-    """A formatted number, or a dash where there is none."""
-    return "-" if value is None else format(value, spec)
+def _named(keys: Sequence[str]) -> dict[str, str]:
+    return {key: f"{{{key}}}" for key in keys}

@@ -116,7 +116,7 @@ def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert f"| vit_l | 8 | dense {compiled}" in text
     assert "| no package | encoder vit_l B8 dense eager |" in text
     assert "| batch | vit_l | mosaic_gpu | 1 | 1, 8 | 1.00 | 1.00 | 1.00 | 1.00 |" in text
-    assert "What is run: *transformers-compile*: SamModel." in text
+    assert "- *transformers-compile*: SamModel." in text
     ours, theirs = (line for line in text.splitlines() if line.endswith("4.0 | 1.0e-02 |"))
     assert ours.startswith("| vit_l | dense | mosaic_gpu | 1 | 20.0 |")
     assert theirs.startswith("| vit_l | dense | transformers-compile | 1 | 30.0 |")

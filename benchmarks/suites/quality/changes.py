@@ -1,48 +1,66 @@
-"""What a sweep measured, as a table: choose on one half of the photos, confirm on the other."""
+"""What was measured, paired with dense: choose on one half of the photos, confirm on the other."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from jaxtyping import Bool
 
-from benchmarks import records
 from benchmarks.records import Record
-from benchmarks.suites.quality.variants import DENSE
+from benchmarks.report.tables import print_table
+from benchmarks.suites.quality.variants import DENSE, Variant, recorded
+from sparsesam_jax.config import PRESETS as MODELS
 from sparsesam_jax.evaluation.metrics import bootstrap_interval
 
-_WIDTH = 140  # a log has no width of its own
+COLUMNS = {
+    "GMAC ↓": "{gmacs:.2f}",
+    "change of mIoU ↑": "{change:+.4f}",
+    "95 % interval": "{low:+.4f}, {high:+.4f}",
+    "choose ↑": "{choose:+.4f}",
+    "confirm ↑": "{confirm:+.4f}",
+    "agreement ↑": "{agreement:.3f}",
+    "feature error ↓": "{feature_error:.3f}",
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """Mean change of IoU to dense over some photos, paired, and its bootstrap 95 % interval."""
+class Row(NamedTuple):
+    """One variant, as a file has it.
 
-    mean: float
+    Attributes:
+        variant: What was measured.
+        summary: Its record.
+        ious: IoU of every photo.
+        change: Mean difference of IoU to dense, paired over the photos.
+        low: Lower end of its bootstrap 95 % interval.
+        high: Upper end.
+        choose: The change on the choosing half of the photos.
+        confirm: The change on the other half.
+    """
+
+    variant: Variant
+    summary: Record
+    ious: dict[str, float]
+    change: float
     low: float
     high: float
-
-    @classmethod
-    def of(cls, differences: Float[np.ndarray, " images"]) -> Change:
-        """The change of these differences, one a photo."""
-        return cls(float(differences.mean()), *bootstrap_interval(differences))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """One variant: its record, its change on all photos and the means on both halves."""
-
-    summary: Record
-    all: Change
     choose: float
     confirm: float
+
+    @property
+    def density(self) -> float:
+        """The mean of the densities that were asked for."""
+        return float(np.mean(self.variant.density))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What tables show; counted work too where an older record lacks it."""
+        values = self.summary | self._asdict()
+        if "gmacs" not in values:
+            values["gmacs"] = self.variant.gmacs(MODELS[values["model"]].image_encoder)
+        return values | {"name": self.variant.name, "r": f"{self.density:g}"}
 
 
 def choosing_half(names: Sequence[str]) -> Bool[np.ndarray, " images"]:
@@ -54,82 +72,51 @@ def choosing_half(names: Sequence[str]) -> Bool[np.ndarray, " images"]:
     return half
 
 
-def photo_ious(path: Path) -> dict[str, dict[str, float]]:
-    """IoU of every photo under every variant of `quality` or `sweep`, dense included."""
-    found = records.read(path)
-    # `quality` names the photos once, `sweep` with every variant.
-    common: Record = next(({"ids": r["ids"]} for r in found if r["kind"] == "photos"), {})
-    photos = (common | r for r in found if r["kind"] == "per_photo")
-    return {r["variant"]: dict(zip(r["ids"], r["iou"], strict=True)) for r in photos}
+def rows(found: Sequence[Record], source: str) -> list[Row]:
+    """All variants of `quality` or `sweep`, dense first.
 
-
-def rows(path: Path) -> list[Row]:
-    """All variants of a sweep but dense, in its order.
+    Args:
+        found: The records.
+        source: Where they are from, for messages.
 
     Raises:
-        ValueError: The file holds no dense record, or variants of other photos than the dense ones.
-        OSError: It cannot be read.
+        ValueError: There is no dense record, or variants are of other photos than the dense ones.
     """
-    summaries = {r["variant"]: r for r in records.read(path) if r["kind"] == "summary"}
+    summaries = {r["variant"]: r for r in found if r["kind"] == "summary"}
     if DENSE.name not in summaries:
-        raise ValueError(f"{path} must hold a sweep with its dense record, got none")
-    ious = photo_ious(path)
+        raise ValueError(f"{source} must hold a sweep with its dense record, got none")
+    # Older files of `quality` name the photos once, others with every variant.
+    common: Record = next(({"ids": r["ids"]} for r in found if r["kind"] == "photos"), {})
+    photos = (common | r for r in found if r["kind"] == "per_photo")
+    ious = {r["variant"]: dict(zip(r["ids"], r["iou"], strict=True)) for r in photos}
     dense = ious[DENSE.name]
     half = choosing_half(list(dense))
     result = []
-    for name, summary in summaries.items():
-        if name == DENSE.name:
-            continue
+    for name in sorted(summaries, key=lambda name: name != DENSE.name):
         if list(ious[name]) != list(dense):
-            raise ValueError(f"{path} must be about the same photos throughout, {name} is not")
+            raise ValueError(f"{source} must be about the same photos throughout, {name} is not")
         differences = np.subtract(list(ious[name].values()), list(dense.values()))
-        result.append(
-            Row(
-                summary=summary,
-                all=Change.of(differences),
-                choose=float(differences[half].mean()),
-                confirm=float(differences[~half].mean()),
-            )
-        )
+        means = [float(differences[kept].mean()) for kept in (slice(None), half, ~half)]
+        interval = bootstrap_interval(differences)
+        variant = recorded(summaries[name])
+        row = Row(variant, summaries[name], ious[name], means[0], *interval, *means[1:])
+        result.append(row)
     return result
 
 
-def show(path: Path) -> None:
+def show(found: Sequence[Record], source: str) -> None:
     """Print one table a density, the least loss on the choosing half first."""
-    console = Console()
-    console = Console(width=max(console.width, _WIDTH))
-    found = rows(path)
-    for density in sorted({_density(row) for row in found}, reverse=True):
-        chosen = [row for row in found if _density(row) == density]
+    dense, *others = rows(found, source)
+    columns = {"variant": "{name}", "mIoU ↑": "{miou:.4f}"} | COLUMNS
+    if any("images_per_s" in row.summary for row in others):
+        columns["images/s ↑"] = "{images_per_s:.1f}"
+    for density in sorted({row.density for row in others}, reverse=True):
+        chosen = [row for row in others if row.density == density]
         chosen.sort(key=lambda row: -row.choose)
-        console.print(_table(density, chosen))
-
-
-def _density(row: Row) -> float:
-    return row.summary["density"]
-
-
-def _table(density: float, found: Sequence[Row]) -> Table:
-    table = Table(
-        title=f"density {density:g}: change of mIoU to dense, {found[0].summary['images']} photos",
-        caption="Paired, with bootstrap 95 % intervals; agree: IoU with dense masks; features: "
-        "relative difference.",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("variant", no_wrap=True)
-    for column in ("GMAC", "choose", "confirm", "all", "95 %", "agree", "features"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in found:
-        s = row.summary
-        table.add_row(
-            s["variant"],
-            f"{s['gmacs']:.2f}",
-            f"{row.choose:+.4f}",
-            f"{row.confirm:+.4f}",
-            f"{row.all.mean:+.4f}",
-            f"{row.all.low:+.4f} {row.all.high:+.4f}",
-            f"{s['agreement']:.4f}",
-            f"{s['feature_error']:.3f}",
+        print_table(
+            f"density {density:g}, {dense.summary['images']} photos, {dense.summary['device']}",
+            columns,
+            [row.values for row in (dense, *chosen)],
+            "Change to dense is paired, with its bootstrap 95 % interval; agreement is IoU with "
+            "dense masks, feature error the relative difference to dense features.",
         )
-    return table

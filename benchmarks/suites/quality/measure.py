@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import records
 from benchmarks.records import Record, Write
@@ -56,207 +53,149 @@ class Options:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch", "threads", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and value <= 0:
+                raise ValueError(f"{field.name} must be positive, got {value}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
 
 
-class Outcome(NamedTuple):
-    """Results of one variant on all photos, batch after batch."""
+class Bench:
+    """The photos, the dense model, and what was found on them.
 
-    batches: list[Predictions]
-    seconds: float
-    first_batch_s: float
+    Args:
+        suite: What the records name.
+        options: What to measure on.
+        pool: Threads that read, resize and compare.
 
-    @property
-    def masks(self) -> list[np.ndarray]:
-        """One a photo."""
-        return [mask for batch in self.batches for mask in batch.masks]
+    Attributes:
+        sam: The dense model.
+        found: The records.
+
+    Raises:
+        ValueError: Photos or weights are not as they must be; unlike `sparsesam evaluate` this
+            stops at the first photo that is broken.
+    """
+
+    def __init__(self, suite: str, options: Options, pool: Executor):
+        self._suite, self._options, self._pool = suite, options, pool
+        self.sam = Sam.from_pretrained(
+            options.weights, dtype=options.dtype, implementation=options.implementation
+        )
+        self.found: list[Record] = []
+        pairs = limited(folder_pairs(options.images, options.masks), options.limit)
+        self._photos = list(pool.map(read_photo, pairs))
+        self._size = min(options.batch, len(self._photos))
+        starts = range(0, len(self._photos), self._size)
+        self._batches = [self._photos[start : start + self._size] for start in starts]
+        self._dense: tuple[list[Predictions], np.ndarray] | None = None
+
+    def compare(
+        self, ready: Iterable[tuple[Variant, SamPredictor]], write: Write, console: Console
+    ) -> None:
+        """Compare variants with the first of them, the dense one; Ctrl-C keeps what is done.
+
+        Args:
+            ready: Variants as they get ready.
+            write: Takes a `per_photo` and a `summary` record of each.
+            console: Gets a line of each.
+        """
+        start = time.monotonic()
+        try:
+            for variant, predictor in ready:
+                for record in self._measure(variant, predictor):
+                    write(record)
+                    self.found.append(record)
+                told = f"{variant.name}: mIoU {self.found[-1]['miou']:.4f}"
+                console.print(f"{time.monotonic() - start:4.0f} s  {told}", style="dim")
+        except KeyboardInterrupt:
+            console.print(f"Interrupted after {len(self.found) // 2} variants.")
+
+    def first_batch(self, predictor: SamPredictor) -> float:
+        """Seconds of the first batch, compilation included."""
+        return self._predict(predictor, self._batches[0]).seconds
+
+    def _predict(self, predictor: SamPredictor, photos: Sequence[Photo]) -> Predictions:
+        protocol = Protocol("sam", predictor.image_size)
+        queries = [protocol.query(photo, "box") for photo in photos]
+        return predict(predictor, photos, queries, protocol=protocol, batch=self._size)
+
+    def _iou(self, masks: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array(list(self._pool.map(iou, masks, others)))
+
+    def _measure(self, variant: Variant, predictor: SamPredictor) -> list[Record]:
+        first_batch_s, count = self.first_batch(predictor), len(self._photos)
+        start = time.perf_counter()
+        outcome = list(self._pool.map(partial(self._predict, predictor), self._batches))
+        seconds = time.perf_counter() - start
+        ious = self._iou(_masks(outcome), [photo.mask for photo in self._photos])
+        self._dense = self._dense or (outcome, ious)
+        dense, dense_ious = self._dense
+        errors = [
+            relative_error(a.features, b.features) for a, b in zip(outcome, dense, strict=True)
+        ]
+        rows = {
+            "iou": ious,
+            "agreement": self._iou(_masks(outcome), _masks(dense)),
+            "feature_error": np.concatenate(errors),
+        }
+        common = {"suite": self._suite, "variant": variant.name}
+        photos = common | {"kind": "per_photo", "ids": [photo.name for photo in self._photos]}
+        photos |= {k: np.round(v.astype(np.float64), 5).tolist() for k, v in rows.items()}
+        compared = variant != DENSE
+        summary = self._described() | common | variant.definition
+        summary |= {
+            "kind": "summary",
+            "density": variant.density,
+            "images": count,
+            "miou": float(ious.mean()),
+            "difference": float((ious - dense_ious).mean()) if compared else None,
+            "difference_ci95": bootstrap_interval(ious - dense_ious) if compared else None,
+            "agreement": float(rows["agreement"].mean()),
+            "feature_error": float(rows["feature_error"].mean()),
+            "gmacs": variant.gmacs(self.sam.config.image_encoder),
+        }
+        if self._suite == "quality":  # a sweep's programs say nothing about speed
+            summary |= {
+                "images_per_s": count / seconds,
+                "ms_per_image": 1e3 * seconds / count,
+                "first_batch_s": first_batch_s,
+            }
+        return [photos, summary]
+
+    def _described(self) -> Record:
+        """What every summary of a run has in common."""
+        options, device = self._options, jax.devices()[0]
+        return {
+            "peer": "sparsesam_jax",
+            "model": options.weights,
+            "limit": options.limit,
+            "batch": self._size,
+            "dtype": options.dtype,
+            "implementation": options.implementation,
+            "device": records.cpu_name() if device.platform == "cpu" else device.device_kind,
+            "threads": options.threads,
+            "versions": records.versions(),
+            "commit": records.commit(),
+        }
 
 
-def run(options: Options, variants: Sequence[Variant], write: Write, console: Console) -> bool:
-    """Measure dense, then every variant; write records as each is done, print the table.
+def _masks(outcome: Sequence[Predictions]) -> list[np.ndarray]:
+    """One a photo."""
+    return [mask for batch in outcome for mask in batch.masks]
 
-    Returns:
-        Whether all was measured; False after Ctrl-C, which keeps the variants done until then.
+
+def run(
+    options: Options, variants: Sequence[Variant], write: Write, console: Console
+) -> list[Record]:
+    """Measure dense, then every variant, each by its own program; the records, as written.
 
     Raises:
         ValueError: Photos or weights are not as they must be, or a variant does not fit the model.
     """
-    summaries: list[Record] = []
-    complete = True
     with ThreadPoolExecutor(options.threads) as pool:
-        try:
-            _measure_all(options, variants, write, console, pool, summaries)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            complete = False
-    if summaries:
-        console.print(_table(options, summaries))
-    if not complete:
-        console.print(f"Interrupted after {len(summaries)} of {len(variants) + 1} variants.")
-    return complete
-
-
-def _measure_all(
-    options: Options,
-    variants: Sequence[Variant],
-    write: Write,
-    console: Console,
-    pool: Executor,
-    summaries: list[Record],
-) -> None:
-    sam = load(options)
-    models = [(variant, variant.model(sam)) for variant in (DENSE, *variants)]
-    photos = read_photos(options, pool)
-    common = describe(options, photos)
-    write(common | {"kind": "photos", "ids": [photo.name for photo in photos]})
-    dense: Outcome | None = None
-    dense_iou = np.empty(0)
-    for variant, model in models:
-        outcome = predict_all(model, photos, options.batch, pool)
-        dense = dense or outcome
-        rows = {
-            "iou": map_iou(pool, outcome.masks, [photo.mask for photo in photos]),
-            "agreement": map_iou(pool, outcome.masks, dense.masks),
-            "feature_error": feature_errors(outcome, dense),
-        }
-        dense_iou = rows["iou"] if variant is DENSE else dense_iou
-        name = {"variant": variant.name}
-        write({"suite": "quality", "kind": "per_photo"} | name | rounded(rows))
-        summary = common | {"kind": "summary"} | name | summarise(variant, outcome, rows, dense_iou)
-        summary["gmacs"] = variant.gmacs(sam.config.image_encoder)
-        write(summary)
-        summaries.append(summary)
-        console.print(
-            f"[dim]{variant.name}: mIoU {summary['miou']:.4f}, "
-            f"{summary['images_per_s']:.1f} images/s"
-        )
-
-
-def load(options: Options) -> Sam:
-    """The dense model."""
-    return Sam.from_pretrained(
-        options.weights, dtype=options.dtype, implementation=options.implementation
-    )
-
-
-def read_photos(options: Options, pool: Executor) -> list[Photo]:
-    """All photos; unlike `sparsesam evaluate` this stops at the first that is broken."""
-    pairs = limited(folder_pairs(options.images, options.masks), options.limit)
-    return list(pool.map(read_photo, pairs))
-
-
-def describe(options: Options, photos: Sequence[Photo]) -> Record:
-    """What every record of a run has in common."""
-    return {
-        "suite": "quality",
-        "peer": "sparsesam_jax",
-        "model": options.weights,
-        "batch": min(options.batch, len(photos)),
-        "dtype": options.dtype,
-        "implementation": options.implementation,
-        "device": _device(),
-        "threads": options.threads,
-        "versions": records.versions(),
-        "commit": records.commit(),
-    }
-
-
-def rounded(rows: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """Values as a record keeps them."""
-    return {key: np.round(values.astype(np.float64), 5).tolist() for key, values in rows.items()}
-
-
-def predict_all(sam: Sam, photos: Sequence[Photo], batch: int, pool: Executor) -> Outcome:
-    """Masks and features of all photos; the first batch runs once before, to compile."""
-    protocol = Protocol("sam", sam.config.image_encoder.image_size)
-    batches = [photos[i : i + batch] for i in range(0, len(photos), batch)]
-    size = len(batches[0])
-    predictor = SamPredictor(sam)
-
-    def run(photos: Sequence[Photo]) -> Predictions:
-        queries = [protocol.query(photo, "box") for photo in photos]
-        return predict(predictor, photos, queries, protocol=protocol, batch=size)
-
-    start = time.perf_counter()
-    run(batches[0])
-    first_batch_s = time.perf_counter() - start
-    start = time.perf_counter()
-    results = list(pool.map(run, batches))
-    return Outcome(results, time.perf_counter() - start, first_batch_s)
-
-
-def map_iou(
-    pool: Executor, masks: Sequence[np.ndarray], others: Sequence[np.ndarray]
-) -> Float[np.ndarray, " images"]:
-    """IoU of each pair."""
-    return np.array(list(pool.map(iou, masks, others)))
-
-
-def feature_errors(outcome: Outcome, dense: Outcome) -> Float[np.ndarray, " images"]:
-    """Relative error of each photo's features."""
-    pairs = zip(outcome.batches, dense.batches, strict=True)
-    return np.concatenate([np.asarray(relative_error(a.features, b.features)) for a, b in pairs])
-
-
-def summarise(
-    variant: Variant, outcome: Outcome, rows: dict[str, np.ndarray], dense_iou: np.ndarray
-) -> dict[str, Any]:
-    """A variant's record beside what `describe` says."""
-    count = len(dense_iou)
-    return scores(variant, rows, dense_iou) | {
-        "images_per_s": count / outcome.seconds,
-        "ms_per_image": 1e3 * outcome.seconds / count,
-        "first_batch_s": outcome.first_batch_s,
-    }
-
-
-def scores(variant: Variant, rows: dict[str, np.ndarray], dense_iou: np.ndarray) -> dict[str, Any]:
-    """A variant's definition and its quality."""
-    differences = rows["iou"] - dense_iou
-    dense = variant == DENSE
-    return variant.definition | {
-        "density": variant.density,
-        "images": len(differences),
-        "miou": float(rows["iou"].mean()),
-        "difference": None if dense else float(differences.mean()),
-        "difference_ci95": None if dense else bootstrap_interval(differences),
-        "agreement": float(rows["agreement"].mean()),
-        "feature_error": float(rows["feature_error"].mean()),
-    }
-
-
-def _device() -> str:
-    device = jax.devices()[0]
-    return records.cpu_name() if device.platform == "cpu" else device.device_kind
-
-
-def _table(options: Options, summaries: Sequence[Record]) -> Table:
-    first = summaries[0]
-    table = Table(
-        title=f"{options.weights}, {first['images']} photos, box prompts, {options.dtype}, "
-        f"{options.implementation}; {first['device']}",
-        caption="Difference of mIoU to dense, paired, with its bootstrap 95 % interval. Agree: "
-        "IoU with the dense masks. Features: relative difference to the dense ones.",
-        box=box.SIMPLE,
-        padding=0,
-    )
-    table.add_column("variant", no_wrap=True)
-    for column in ("mIoU", "difference", "95 %", "agree", "features", "img/s"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for s in summaries:
-        dense = s["difference"] is None
-        table.add_row(
-            s["variant"],
-            f"{s['miou']:.4f}",
-            "-" if dense else f"{s['difference']:+.4f}",
-            "-" if dense else "{:+.4f} {:+.4f}".format(*s["difference_ci95"]),
-            f"{s['agreement']:.4f}",
-            f"{s['feature_error']:.3f}",
-            f"{s['images_per_s']:.1f}",
-        )
-    return table
+        bench = Bench("quality", options, pool)
+        models = [(variant, variant.model(bench.sam)) for variant in (DENSE, *variants)]
+        bench.compare(((v, SamPredictor(model)) for v, model in models), write, console)
+    return bench.found

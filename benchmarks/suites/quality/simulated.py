@@ -1,20 +1,23 @@
 """A sparse encoder that computes all and masks what is skipped: one program for all densities.
 
 Compilation is what a sweep waits for. Densities, rows of the MLP and what they are spent on are
-arguments here instead of shapes, so that variants which rank alike share a program. The results are
+arrays here instead of shapes, so that variants which rank alike share a program. The results are
 those of the sparse encoder up to rounding (a test compares them); the speed is not.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from flax import nnx
+from jaxtyping import Array, Float
 
 from pallas_kernels import reference
+from sparsesam_jax import Sam
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
+from sparsesam_jax.methods.base import Method, with_method
 from sparsesam_jax.methods.group_update import GroupUpdate, Skipped
 from sparsesam_jax.methods.sequences import (
     Sequences,
@@ -24,7 +27,7 @@ from sparsesam_jax.methods.sequences import (
     product,
     softmax,
 )
-from sparsesam_jax.model.image_encoder import Block, ImageEncoder
+from sparsesam_jax.model.image_encoder import Block
 from sparsesam_jax.model.layers import add
 from sparsesam_jax.sparsity import orders
 from sparsesam_jax.sparsity.plan import (
@@ -34,36 +37,11 @@ from sparsesam_jax.sparsity.plan import (
     encoder_plan,
     num_routed_tokens,
 )
+from sparsesam_jax.sparsity.work import EncoderWork, encoder_work
 
 
-class Knobs(NamedTuple):
-    """What is kept, for every block.
-
-    Attributes:
-        bar: Key blocks of the bar, all of them for dense attention.
-        routed: Tokens with an MLP update of their own.
-        merged: Groups behind them that share one.
-    """
-
-    bar: Int[Array, " depth"]
-    routed: Int[Array, " depth"]
-    merged: Int[Array, " depth"]
-
-
-class Program(NamedTuple):
-    """What makes two variants one program.
-
-    Attributes:
-        ranking: The sparsity without its densities.
-        skipped: As in `GroupUpdate`; None if skipped tokens receive nothing.
-    """
-
-    ranking: Sparsity
-    skipped: Skipped | None
-
-
-def program(sparsity: Sparsity, update: GroupUpdate | None) -> Program:
-    """The program of a sparsity, perhaps with group updates."""
+def masked(sam: Sam, sparsity: Sparsity, update: GroupUpdate | None = None) -> Sam:
+    """The dense model with a sparsity, perhaps with group updates; all that rank alike share it."""
     ranking = dataclasses.replace(
         sparsity,
         density=1.0,
@@ -72,51 +50,65 @@ def program(sparsity: Sparsity, update: GroupUpdate | None) -> Program:
         mlp_density=None,
         mlp_start=None,
     )
-    return Program(ranking, None if update is None else update.skipped)
+    skipped = None if update is None else update.skipped
+    model = with_method(sam, Masked(1.0, ranking=ranking, skipped=skipped))
+    encoder: Any = model.image_encoder
+    grid = (encoder.config.grid_size, encoder.config.grid_size)
+    kept = [_kept(encoder.config, sparsity, update, i, grid) for i in range(encoder.config.depth)]
+    encoder.kept = nnx.Variable(jnp.array(kept, jnp.int32))
+    return model
 
 
-def knobs(config: ImageEncoderConfig, sparsity: Sparsity, update: GroupUpdate | None) -> Knobs:
-    """What they keep on the configuration's grid."""
-    grid = (config.grid_size, config.grid_size)
-    tokens = grid[0] * grid[1]
-    bar, routed, merged = [], [], []
-    for index in range(config.depth):
-        bar.append(attention_layout(config, sparsity, index, grid).num_bar_blocks)
-        if update is None:
-            count = num_routed_tokens(config, sparsity, index, grid)
-            routed.append(tokens if count is None else count)
-            merged.append(0)
-        else:
-            full, shared = update.groups(config, index, grid)
-            routed.append(full)
-            merged.append(shared)
-    return Knobs(*(jnp.array(values, jnp.int32) for values in (bar, routed, merged)))
+def _kept(
+    config: ImageEncoderConfig,
+    sparsity: Sparsity,
+    update: GroupUpdate | None,
+    index: int,
+    grid: tuple[int, int],
+) -> tuple[int, int, int]:
+    """A block's key blocks of the bar, tokens with an MLP row of their own, groups with one."""
+    bar = attention_layout(config, sparsity, index, grid).num_bar_blocks
+    if update is not None:
+        return bar, *update.groups(config, index, grid)
+    routed = num_routed_tokens(config, sparsity, index, grid)
+    return bar, grid[0] * grid[1] if routed is None else routed, 0
 
 
-def encode(
-    encoder: ImageEncoder,
-    program: Program,
-    pixels: Float[Array, "B height width 3"],
-    knobs: Knobs,
-) -> Float[Array, "B Gh Gw out_chans"]:
-    """The features of a dense encoder's weights with what the knobs keep."""
-    config = encoder.config
-    x = encoder.embed(pixels)
-    plans = encoder_plan(config, program.ranking, (x.shape[1], x.shape[2]), "xla")
-    rankings = Rankings()
-    for index, (block, plan) in enumerate(zip(encoder.blocks, plans, strict=True)):
-        window = block.config.window_size
-        normed = block.norm1(x)
-        sequences, value_bias = block_sequences(block, normed, config.num_heads, window)
-        rankings = plan.rank(rankings, *_keys(sequences, x, window), x)
-        out = _attend(plan, rankings, sequences, knobs.bar[index]).swapaxes(1, 2)
-        if window:
-            out = reference.window_unpartition(out, window, (x.shape[0], x.shape[1], x.shape[2]))
-        out = out.reshape(*x.shape[:3], config.num_heads, -1) + value_bias
-        x = add(x, block.attn.proj(out.reshape(x.shape)))
-        update = _mlp(rankings, block, x, program.skipped, knobs.routed[index], knobs.merged[index])
-        x = add(x, update)
-    return encoder.neck_features(x)
+@dataclasses.dataclass(frozen=True)
+class Masked(Method):
+    """What makes two variants one program; what they keep is the encoder's `kept`, [depth, 3].
+
+    Attributes:
+        ranking: The sparsity without its densities.
+        skipped: As in `GroupUpdate`; None if skipped tokens receive nothing.
+    """
+
+    ranking: Sparsity = dataclasses.field(default_factory=lambda: Sparsity(1.0))
+    skipped: Skipped | None = None
+
+    def work(self, config: ImageEncoderConfig) -> EncoderWork:
+        """That of the dense encoder, and a little more."""
+        return encoder_work(config)
+
+    def block_outputs(self, encoder: Any, x: Float[Array, "B Gh Gw d"]) -> list[Array]:
+        """The tokens after every block."""
+        config = encoder.config
+        plans = encoder_plan(config, self.ranking, (x.shape[1], x.shape[2]), "xla")
+        rankings, outputs = Rankings(), []
+        for block, plan, kept in zip(encoder.blocks, plans, encoder.kept[...], strict=True):
+            window, (bar, routed, merged) = block.config.window_size, kept
+            normed = block.norm1(x)
+            sequences, value_bias = block_sequences(block, normed, config.num_heads, window)
+            rankings = plan.rank(rankings, *_keys(sequences, x, window), x)
+            out = _attend(plan, rankings, sequences, bar).swapaxes(1, 2)
+            if window:
+                size = (x.shape[0], x.shape[1], x.shape[2])
+                out = reference.window_unpartition(out, window, size)
+            out = out.reshape(*x.shape[:3], config.num_heads, -1) + value_bias
+            x = add(x, block.attn.proj(out.reshape(x.shape)))
+            x = add(x, _mlp(rankings, block, x, self.skipped, routed, merged))
+            outputs.append(x)
+        return outputs
 
 
 def _keys(sequences: Sequences, x: Array, window: int | None) -> tuple[Array, Array]:
