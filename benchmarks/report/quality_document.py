@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import records
-from benchmarks.report.tables import filled, markdown
+from benchmarks.report.tables import Template
 from benchmarks.suites.quality import changes
 from benchmarks.suites.quality.candidates import CHANGES, PRESETS, REFERENCE
 from benchmarks.suites.quality.changes import Row
@@ -20,17 +20,7 @@ DENSITIES = (0.5, 0.4, 0.3)
 TOLERANCE = 0.002  # of the independent implementation, mIoU
 TARGETS = {0.4: 0.004, 0.3: 0.006}  # the default's loss of mIoU, at most
 TOME_RATIO = 2.1  # ToMe's loss over the default's, at least
-
-_FILE = """
-## All of {file}
-
-[{file}](../benchmarks/results/{file}): {device}, {dtype}, jax {jax}, {photos}; dense mIoU {miou}.
-Best on the choosing half first.
-
-{table}
-"""
-_CASE = {"density r": "{r}", "photos": "{images}"}
-_RATED = _CASE | changes.COLUMNS
+_RELEASED = "The released preset, against an independent implementation"
 
 
 def write(results: Path, out: Path) -> None:
@@ -54,36 +44,28 @@ def document(paths: Sequence[Path]) -> str:
     files = {path.name: changes.rows(records.read(path), str(path)) for path in paths}
     measured = [row for rows in files.values() for row in rows]
     most = max((row.summary for row in measured), key=lambda summary: summary["images"])
-    return filled(
-        TEMPLATE.read_text(encoding="utf-8"),
-        photos=f"{most['images']} photos",
-        model=most["model"],
-        tolerance=TOLERANCE,
-        reference=_table(
-            {"sparsity": "{meaning}"}
-            | _CASE
-            | {"reference ↑": "{expected:+.4f}", "here ↑": "{change:+.4f}", "agrees": "{agrees}"},
-            _reference(measured),
-        ),
-        default=_table({"sparsity": "{name}"} | _RATED, _default(measured)),
-        default_verdicts=" ".join(_against_targets(measured)),
-        ingredients=_table({"changed": "{meaning}"} | _RATED, _ingredients(measured)),
-        methods=_table({"method": "{name}"} | _RATED, _methods(measured)),
-        method_verdicts=" ".join(_against_tome(measured)),
-        devices=_table(
-            {
-                "variant": "{name}",
-                "photos": "{photos}",
-                "mIoU ↑": "{means}",
-                "apart ↓": "{apart:.5f}",
-            },
-            _devices(measured),
-        ),
-    ) + "".join(_everything(file, rows) for file, rows in files.items())
+    template = Template(TEMPLATE)
 
+    def compared(title: str, rows: list[dict[str, Any]], verdicts: Sequence[str] = ()) -> str:
+        return template.section(title, rows, verdicts=" ".join(verdicts), tolerance=TOLERANCE)
 
-def _table(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> str:
-    return markdown(columns, rows) or "Not measured."
+    parts = [
+        template.head,
+        template.section("What is measured", photos=most["images"], model=most["model"]),
+        template.section("What a sparsity is made of"),
+        compared(
+            "The released preset, against an independent implementation", _reference(measured)
+        ),
+        compared("The default", _default(measured), _against_targets(measured)),
+        compared("Ingredients", _ingredients(measured)),
+        compared("Other methods", _methods(measured), _against_tome(measured)),
+        compared("Devices", _devices(measured)),
+    ]
+    for file, (dense, *others) in files.items():
+        others.sort(key=lambda row: (-row.density, -row.choose, row.variant.name))
+        told = dense.summary | {"jax": dense.summary["versions"]["jax"], "file": file}
+        parts.append(template.section("All of {file}", [row.values for row in others], **told))
+    return "\n".join(parts)
 
 
 def _reference(measured: Sequence[Row]) -> list[dict[str, Any]]:
@@ -173,21 +155,6 @@ def _devices(measured: Sequence[Row]) -> list[dict[str, Any]]:
         name = next(iter(by_device.values())).variant.name
         rows.append({"name": name, "photos": len(photos), "means": told, "apart": apart})
     return rows
-
-
-def _everything(file: str, found: Sequence[Row]) -> str:
-    dense = found[0].summary
-    rows = sorted(found[1:], key=lambda row: (-row.density, -row.choose, row.variant.name))
-    columns = {"variant": "{name}", "density r": "{r}"} | changes.COLUMNS
-    return _FILE.format(
-        file=file,
-        device=dense["device"],
-        dtype=dense["dtype"],
-        jax=dense["versions"]["jax"],
-        photos=f"{dense['images']} photos",
-        miou=f"{dense['miou']:.4f}",
-        table=_table(columns, [row.values for row in rows]),
-    )
 
 
 def _of(measured: Sequence[Row], wanted: Sparsity) -> Row | None:
