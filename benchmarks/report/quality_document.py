@@ -51,7 +51,6 @@ def document(paths: Sequence[Path]) -> str:
     parts = [
         template.head,
         template.section("What is measured", photos=most["images"], model=most["model"]),
-        template.section("What a sparsity is made of"),
         *(compared(title, *make(measured)) for title, make in _SECTIONS.items()),
     ]
     for file, (dense, *others) in files.items():
