@@ -182,7 +182,7 @@ def build(
         return jax.block_until_ready(out[0])
 
     def upscale(low_res: jax.Array) -> None:
-        transforms.resize_masks(low_res, len(low_res), (side, side), resized, size)
+        transforms.resize_masks(low_res, range(len(low_res)), (side, side), resized, size)
 
     def measure() -> Record:
         set_ms = [time_ms(set_image) for _ in range(runs)]
