@@ -101,11 +101,12 @@ def quality(
     """Box-prompt mIoU on photos with masks: dense, and what each sparsity changes."""
     from rich.console import Console
 
-    from benchmarks import quality, records
-    from benchmarks.variants import preset_variants, read_variants
+    from benchmarks import records
+    from benchmarks.suites.quality import candidates, changes, measure
+    from benchmarks.suites.quality import variants as lists
 
     def run() -> bool:
-        options = quality.Options(
+        options = measure.Options(
             images=images,
             masks=masks,
             weights=weights,
@@ -116,11 +117,14 @@ def quality(
             threads=min(8, records.available_cpus()) if threads is None else threads,
         )
         if variants is None:
-            chosen = preset_variants(preset or ["default"], density or [0.5, 0.4, 0.3])
+            chosen = candidates.presets(preset or ["default"], density or [0.5, 0.4, 0.3])
         else:
-            chosen = read_variants(variants)
+            chosen = lists.read(variants)
         with records.writer(out) as write:
-            return quality.run(options, chosen, write, Console())
+            found = measure.run(options, chosen, write, Console())
+        if found:
+            changes.show(found, "the run")
+        return len(found) == 2 * (len(chosen) + 1)
 
     _finish(run)
 
@@ -147,8 +151,9 @@ def sweep(
     """Many variants in few programs, no speeds; run again, it measures what is missing."""
     from rich.console import Console
 
-    from benchmarks import sweep, sweep_table
-    from benchmarks.variants import read_variants
+    from benchmarks import records
+    from benchmarks.suites.quality import changes, sweep
+    from benchmarks.suites.quality import variants as lists
 
     def run() -> bool:
         options = sweep.Options(
@@ -157,12 +162,13 @@ def sweep(
             weights=weights,
             batch=batch,
             limit=limit,
-            threads=threads,
+            compilers=threads,
             seconds=seconds,
             timeout=timeout,
         )
-        missing = sweep.run(options, read_variants(*variants), out, Console())
-        sweep_table.show(out)
+        missing = sweep.run(options, lists.read(*variants), out, Console())
+        if out.exists():
+            changes.show(records.read(out), str(out))
         if missing:
             typer.echo(f"not run: {', '.join(missing)}", err=True)
         return not missing
@@ -175,10 +181,11 @@ def sweep_table(
     file: Annotated[Path, typer.Argument(help="What `sweep` wrote.")],
 ) -> None:
     """What a sweep measured: differences to dense on all photos and on either half of them."""
-    from benchmarks import sweep_table
+    from benchmarks import records
+    from benchmarks.suites.quality import changes
 
     def run() -> bool:
-        sweep_table.show(file)
+        changes.show(records.read(file), str(file))
         return True
 
     _finish(run)
@@ -194,9 +201,9 @@ def quality_doc(
     """Write docs/quality.md from the raw files of `quality` and `sweep`."""
 
     def run() -> bool:
-        from benchmarks import quality_doc
+        from benchmarks.report import quality_document
 
-        quality_doc.write(results, out)
+        quality_document.write(results, out)
         return True
 
     _finish(run)
@@ -212,9 +219,9 @@ def report(
     """Write docs/benchmarks.md and its pictures from the raw files of all suites."""
 
     def run() -> bool:
-        from benchmarks import report
+        from benchmarks.report import document
 
-        report.write(results, out)
+        document.write(results, out)
         return True
 
     _finish(run)
@@ -235,7 +242,7 @@ def candidates(
     """Variants for `sweep`, each with the computed work of the released preset."""
 
     def run() -> bool:
-        from benchmarks import candidates
+        from benchmarks.suites.quality import candidates, variants
         from sparsesam_jax.checkpoints import native as files
         from sparsesam_jax.checkpoints.pretrained import locate
 
@@ -244,7 +251,7 @@ def candidates(
         else:
             config = files.read(locate(weights))[0].image_encoder
             found = candidates.candidates(config, density or [0.4, 0.3])
-        candidates.write(found, out)
+        variants.write(found, out)
         return True
 
     _finish(run)
@@ -255,7 +262,7 @@ def presets() -> None:
     """The named sparsities of `quality`."""
     from rich.console import Console
 
-    from benchmarks.variants import preset_table
+    from benchmarks.suites.quality.candidates import preset_table
 
     Console().print(preset_table())
 

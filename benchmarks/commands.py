@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import pool, records, tables
+from benchmarks import pool, records
 from benchmarks.pool import Children, Outcome
 from benchmarks.records import Record
+from benchmarks.report import tables
 
 Model = Annotated[
     list[str] | None, typer.Option(help="vit_t, vit_b, vit_l or vit_h; may be repeated.")
@@ -98,9 +99,9 @@ def _show(name: str, outcome: Outcome) -> None:
     if name == "end-to-end":
         tables.show_parts(own, _KEYS[name])
     if name == "scaling":
-        from benchmarks import growth
+        from benchmarks.report import growth
 
-        tables.show_fits(growth.fits(own))
+        tables.print_table("Growth: exponents of power laws", growth.COLUMNS, growth.fits(own))
 
 
 def _print_parts(record: Record, count: int) -> None:

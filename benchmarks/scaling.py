@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from benchmarks import machine, shapes
 from benchmarks.encoder import MAX_ERROR, MAX_SPARSE_ERROR
-from benchmarks.growth import AXES
 from benchmarks.pool import Job, RunOptions, labels
 from benchmarks.records import Record
+from benchmarks.report.growth import AXES
 from sparsesam_jax.config import Sparsity
 from sparsesam_jax.sparsity.work import encoder_work
 

@@ -22,7 +22,6 @@ from benchmarks import (
     encoder_torch,
     end_to_end,
     end_to_end_torch,
-    growth,
     kernels,
     kernels_torch,
     machine,
@@ -37,6 +36,7 @@ from benchmarks.encoder_jax import random_state
 from benchmarks.kernel_cases import Case
 from benchmarks.pool import Job, relative_error
 from benchmarks.process import NotRunError
+from benchmarks.report import growth
 from sparsesam_jax import Sam, SamPredictor, Sparsity
 from sparsesam_jax.config import PRESETS
 

@@ -6,20 +6,19 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import SMALL, random_weights
+from models import random_weights
 
-from benchmarks import simulated
+from benchmarks.suites.quality import simulated
 from sparsesam_jax import Sam, Sparsity
 from sparsesam_jax.methods.group_update import GroupUpdate
 
-CONFIG = SMALL.image_encoder
 MIXED = Sparsity(
     0.4, attention_density=(0.5, 0.4, 0.7), mlp_density=(1.0, 1.0, 0.55), block_size=16
 )
+DENSE = {"attention_density": 1.0, "mlp_density": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +45,15 @@ def test_masked_is_sparse(sam: Sam, fields: dict, update: dict[str, Any] | None)
     model = sam.with_sparsity(sparsity) if grouped is None else grouped.apply(sam)
     encode = nnx.jit(lambda encoder, x: encoder(x))
     expected = np.asarray(encode(model.image_encoder, pixels()))
-    program = simulated.program(sparsity, grouped)
-    compiled = nnx.jit(simulated.encode, static_argnums=1)
-    knobs = simulated.knobs(CONFIG, sparsity, grouped)
-    found = np.asarray(compiled(sam.image_encoder, program, pixels(), knobs))
+    masked = simulated.masked(sam, sparsity, grouped)
+    found = np.asarray(encode(masked.image_encoder, pixels()))
     np.testing.assert_allclose(found, expected, atol=2e-3)
     assert np.abs(found - expected).mean() < 1e-4
     # Dense, by the same program.
-    depth = CONFIG.depth
-    everything = simulated.Knobs(
-        jnp.full(depth, 99), jnp.full(depth, 64), jnp.zeros(depth, jnp.int32)
-    )
-    whole = np.asarray(compiled(sam.image_encoder, program, pixels(), everything))
+    everything = simulated.masked(sam, dataclasses.replace(sparsity, **DENSE))
+    everything.image_encoder.method = masked.image_encoder.method
+    assert nnx.graphdef(everything) == nnx.graphdef(masked)
+    whole = np.asarray(encode(everything.image_encoder, pixels()))
     dense = np.asarray(encode(sam.image_encoder, pixels()))
     assert np.abs(whole - dense).mean() < 1e-4
     assert np.abs(found - dense).mean() > 1e-2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from benchmarks import growth, report_data
 from benchmarks.records import Record
+from benchmarks.report import data, growth
 
 _STYLE: Any = {"svg.hashsalt": "sparsesam_jax", "svg.fonttype": "path", "font.size": 9}
-_COLOURS = {name: f"C{index}" for index, name in enumerate(report_data.IMPLEMENTATIONS)}
+_COLOURS = {name: f"C{index}" for index, name in enumerate(data.IMPLEMENTATIONS)}
 _SHOWN = (1.0, 0.3)  # densities of the roofline
+_HASHED_ID = re.compile(r"\b[hmp][0-9a-f]{10}\b")  # of hatches, markers and clip paths
 
 
 def draw(found: Sequence[Record], folder: Path, stem: str) -> dict[str, str]:
@@ -28,7 +31,7 @@ def draw(found: Sequence[Record], folder: Path, stem: str) -> dict[str, str]:
         folder: Where the pictures go.
         stem: What their names begin with.
     """
-    encoder, scaling = (report_data.measured(found, name) for name in ("encoder", "scaling"))
+    encoder, scaling = (data.measured(found, name) for name in ("encoder", "scaling"))
     drawings: dict[str, Callable[[], Any]] = {
         "encoder": lambda: _encoder([r for r in encoder if r["sparse"] != "attention"]),
         "decomposition": lambda: _decomposition(encoder),
@@ -42,10 +45,23 @@ def draw(found: Sequence[Record], folder: Path, stem: str) -> dict[str, str]:
             if figure is None:
                 continue
             pictures[name] = f"{stem}_{name}.svg"
+            drawn = io.StringIO()
             # A date would make every drawing another file.
-            figure.savefig(folder / pictures[name], metadata={"Date": None})
+            figure.savefig(drawn, format="svg", metadata={"Date": None})
             plt.close(figure)
+            (folder / pictures[name]).write_text(_numbered(drawn.getvalue()), encoding="utf-8")
     return pictures
+
+
+def _numbered(svg: str) -> str:
+    """The picture with ids in order of appearance.
+
+    Matplotlib writes coordinates to six digits, but its ids are hashes of all digits. The last one
+    of a logarithm depends on the vector instructions of the processor, and so would the ids.
+    """
+    found = dict.fromkeys(_HASHED_ID.findall(svg))
+    names = {name: f"{name[0]}{number}" for number, name in enumerate(found)}
+    return _HASHED_ID.sub(lambda match: names[match.group()], svg)
 
 
 def _encoder(own: Sequence[Record]) -> Any:
@@ -81,15 +97,15 @@ def _encoder(own: Sequence[Record]) -> Any:
 
 def _decomposition(own: Sequence[Record]) -> Any:
     """A bar for every step from naive dense to sparse."""
-    found = report_data.decomposition(own)
+    found = data.decomposition(own)
     if not found:
         return None
     figure, axes = plt.subplots(
         1, len(found), figsize=(2.6 * len(found) + 1, 3), squeeze=False, layout="constrained"
     )
-    for plot, (last, steps) in zip(axes[0], found, strict=True):
-        times = [r["ms_per_image"] for _, r in steps]
-        names = [name.replace(" and", "\nand") for name, _ in steps]
+    for plot, steps in zip(axes[0], found, strict=True):
+        last, times = steps[-1], [r["ms_per_image"] for r in steps]
+        names = [name.replace(" and", "\nand") for name in data.STEPS]
         bars = plot.bar(range(len(steps)), times, color=["C1", "C0", "C2", "C3"])
         plot.bar_label(bars, fmt="%.2f")
         plot.set_xticks(range(len(steps)), names, rotation=30, ha="right")
@@ -110,10 +126,10 @@ def _roofline(own: Sequence[Record]) -> Any:
     if not found:
         return None
     figure, plot = plt.subplots(figsize=(8, 0.42 * len(found) + 1.6), layout="constrained")
-    names = [*report_data.PARTS, report_data.OTHER]
+    names = [*data.PARTS, data.OTHER]
     for row, r in enumerate(found):
         left = 0.0
-        for index, ms in enumerate(report_data.parts(r).values()):
+        for index, ms in enumerate(data.parts(r).values()):
             ms /= r["batch"]
             label = names[index] if row == 0 else None
             plot.barh(row, ms, 0.4, left=left, color=f"C{index}", label=label)

@@ -2,68 +2,70 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+
+import numpy as np
 
 from benchmarks import shapes
 from benchmarks.records import Record
 from sparsesam_jax.config import Sparsity
 from sparsesam_jax.sparsity.work import encoder_work
 
-AXES = ("batch", "image_size", "density")
+# The exponent of memory along each axis: tokens times images, whatever the density.
+_MEMORY = {"batch": 1.0, "image_size": 2.0, "density": 0.0}
+AXES = tuple(_MEMORY)
+COLUMNS = {
+    "against": "{against}",
+    "model": "{model}",
+    "implementation": "{implementation}",
+    "density r": "{density}",
+    "points": "{points}",
+    "exponent of time ↓": "{time:.2f}",
+    "expected of time": "{expected_time:.2f}",
+    "exponent of memory ↓": "{memory:.2f}",
+    "expected of memory": "{expected_memory:.2f}",
+}
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
-    """The b of `y = a x^b`; None with fewer than two different positive x, or a y of zero."""
-    kept = [(math.log(x), math.log(y)) for x, y in points if x > 0 and y > 0]
-    if len(kept) < len(points) or len({x for x, _ in kept}) < 2:
+    """The b of `y = a x^b`; None with fewer than two different x, or where one is not positive."""
+    if len({x for x, _ in points}) < 2 or min(min(point) for point in points) <= 0:
         return None
-    mean_x, mean_y = (sum(values) / len(kept) for values in zip(*kept, strict=True))
-    above = sum((x - mean_x) * (y - mean_y) for x, y in kept)
-    return above / sum((x - mean_x) ** 2 for x, _ in kept)
+    x, y = np.log(points).T
+    return float(np.polyfit(x, y, 1)[0])
 
 
 def fits(results: Sequence[Record]) -> list[dict[str, float | str | None]]:
     """Exponents of time and memory along every series of the scaling suite.
 
     What is expected of time is the exponent of the counted multiply-accumulates over the same
-    points; of memory, that of what the temporary buffers hold: tokens times images, whatever the
-    density.
+    points; of memory, that of what the temporary buffers hold.
     """
     found = []
-    for key, line in series(results).items():
-        axis, model, implementation, density = key
-        power = {
-            name: exponent([(r[axis], value(r)) for r in line])
-            for name, value in (
-                ("time", lambda r: r["median_ms"]),
-                ("memory", lambda r: r["temp_mib"]),
-                ("macs", macs),
-            )
-        }
+    for (axis, model, implementation, density), line in series(results).items():
         found.append(
             {
                 "axis": axis,
+                "against": axis.replace("_", " "),
                 "model": model,
                 "implementation": implementation,
                 "density": density,
                 "points": ", ".join(f"{r[axis]:g}" for r in line),
-                "time": power["time"],
-                "expected_time": power["macs"],
-                "memory": power["memory"],
-                "expected_memory": {"batch": 1.0, "image_size": 2.0, "density": 0.0}[axis],
+                "time": exponent([(r[axis], r["median_ms"]) for r in line]),
+                "expected_time": exponent([(r[axis], macs(r)) for r in line]),
+                "memory": exponent([(r[axis], r["temp_mib"]) for r in line]),
+                "expected_memory": _MEMORY[axis],
             }
         )
     return found
 
 
-def macs(record: Mapping[str, object]) -> float:
+def macs(record: Record) -> float:
     """Multiply-accumulates of a record's whole batch."""
-    config = shapes.model_config(str(record["model"])).image_encoder
-    kept = record["sparsity"]
-    sparsity = Sparsity(**kept) if isinstance(kept, dict) else None
-    side = int(str(record["image_size"])) // config.patch_size
-    return float(encoder_work(config, sparsity, (side, side)).total) * int(str(record["batch"]))
+    config = shapes.model_config(record["model"]).image_encoder
+    sparsity = Sparsity(**record["sparsity"]) if record["sparsity"] else None
+    side = record["image_size"] // config.patch_size
+    return float(encoder_work(config, sparsity, (side, side)).total) * record["batch"]
 
 
 def series(results: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:

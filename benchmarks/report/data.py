@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import records
 from benchmarks.records import Record
 
 SUITES = ("encoder", "kernels", "ceilings", "end-to-end", "scaling", "cpu")
 MODELS = ("vit_t", "vit_b", "vit_l", "vit_h")
-_KEY = (
-    "suite",
-    "device",
-    "op",
-    "model",
-    "batch",
-    "image_size",
-    "density",
-    "sparse",
-    "order",
-    "peer",
-    "implementation",
-    "prompts",
-    "dtype",
-    "threads",
-)
 IMPLEMENTATIONS = (
     "mosaic_gpu",
     "xla",
@@ -49,6 +34,33 @@ PARTS = {
 OTHER = "other"
 
 
+def _place(names: Sequence[str]) -> Callable[[Any], tuple[int, str]]:
+    return lambda name: (names.index(name) if name in names else len(names), str(name))
+
+
+def _descending(value: Any) -> float:
+    return -(value or 0)
+
+
+# The fields that make a case, and the order of the cases.
+_ORDER: dict[str, Callable[[Any], Any]] = {
+    "suite": SUITES.index,
+    "device": str,
+    "model": _place(MODELS),
+    "op": str,
+    "batch": _descending,
+    "image_size": lambda side: side or 0,
+    "density": _descending,
+    "order": str,
+    "sparse": str,
+    "implementation": _place(IMPLEMENTATIONS),
+    "peer": str,
+    "prompts": lambda count: count or 0,
+    "dtype": str,
+    "threads": str,
+}
+
+
 def newest(folder: Path) -> list[Record]:
     """The newest measurement of every case in a folder's `*.jsonl`, in a fixed order.
 
@@ -58,12 +70,11 @@ def newest(folder: Path) -> list[Record]:
     found: dict[tuple[str, ...], Record] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for r in records.read(path):
-            if r.get("suite") not in SUITES or r.get("peer") == "reference":
-                continue
-            if r.get("timed") is False:
+            known = r.get("suite") in SUITES and r.get("peer") != "reference"
+            if not known or r.get("timed") is False:
                 continue
             record = _completed(r, path.name)
-            key = tuple(str(record.get(name)) for name in _KEY)
+            key = _key(record)
             older = found.get(key)
             if older is None or _age(record) >= _age(older):
                 found[key] = record
@@ -74,13 +85,17 @@ def newest(folder: Path) -> list[Record]:
     # What could not run names no device, and does not matter once it ran on some device.
     ran = {_anywhere(r) for r in found.values() if not r["not_run"]}
     kept = (r for r in found.values() if not r["not_run"] or _anywhere(r) not in ran)
-    return sorted(kept, key=_order)
+    return sorted(kept, key=lambda r: [place(r.get(name)) for name, place in _ORDER.items()])
+
+
+def _key(record: Record, left_out: Sequence[str] = ()) -> tuple[str, ...]:
+    return tuple(str(record.get(name)) for name in _ORDER if name not in left_out)
 
 
 def _anywhere(record: Record) -> tuple[str, ...]:
     # A ceilings case that did not run names none of the programs that it has when it runs.
-    left_out = ("device", "implementation") if record["suite"] == "ceilings" else ("device",)
-    return tuple(str(record.get(name)) for name in _KEY if name not in left_out)
+    ceilings = record["suite"] == "ceilings"
+    return _key(record, ("device", "implementation") if ceilings else ("device",))
 
 
 def _completed(record: Record, file: str) -> Record:
@@ -97,36 +112,10 @@ def _age(record: Record) -> tuple[bool, str]:
     return record.get("median_ms") is not None, record["time"]
 
 
-def _order(record: Record) -> tuple[object, ...]:
-    model = str(record.get("model"))
-    name = str(record.get("implementation"))
-    return (
-        SUITES.index(record["suite"]),
-        str(record["device"]),
-        MODELS.index(model) if model in MODELS else len(MODELS),
-        str(record.get("op")),
-        -(record.get("batch") or 0),
-        record.get("image_size") or 0,
-        -record["density"],
-        str(record.get("order")),
-        str(record.get("sparse")),
-        IMPLEMENTATIONS.index(name) if name in IMPLEMENTATIONS else len(IMPLEMENTATIONS),
-        str(record.get("peer")),
-        name,
-        record.get("prompts") or 0,
-        str(record.get("dtype")),
-    )
-
-
 def measured(found: Iterable[Record], suite: str, device: str | None = None) -> list[Record]:
     """What a suite timed, on one device or on all."""
-    return [
-        r
-        for r in found
-        if r["suite"] == suite
-        and r.get("median_ms") is not None
-        and (device is None or r["device"] == device)
-    ]
+    timed = [r for r in found if r["suite"] == suite and r.get("median_ms") is not None]
+    return [r for r in timed if device is None or r["device"] == device]
 
 
 def devices(found: Sequence[Record], suite: str) -> list[str]:
@@ -134,17 +123,9 @@ def devices(found: Sequence[Record], suite: str) -> list[str]:
     return sorted({str(r["device"]) for r in measured(found, suite)})
 
 
-def main_device(found: Sequence[Record]) -> str | None:
-    """Where most encoders were measured: the pictures show that device alone."""
-    return _most([str(r["device"]) for r in measured(found, "encoder")])
-
-
-def main_dtype(found: Sequence[Record]) -> str | None:
-    """What most encoders were measured in: others are in the first table alone."""
-    return _most([str(r["dtype"]) for r in measured(found, "encoder")])
-
-
-def _most(names: Sequence[str]) -> str | None:
+def most(found: Sequence[Record], field: str) -> str | None:
+    """The device (or dtype) of most encoders: pictures show it alone, tables the dtype."""
+    names = [str(r[field]) for r in measured(found, "encoder")]
     return max(sorted(set(names)), key=names.count, default=None)
 
 
@@ -157,31 +138,22 @@ def parts(record: Record) -> dict[str, float]:
     return found
 
 
-def decomposition(found: Sequence[Record]) -> list[tuple[Record, list[tuple[str, Record]]]]:
-    """From naive dense to sparse, a list of steps for every model and batch that has them.
+STEPS = ("dense, XLA", "dense, kernels", "sparse attention", "sparse attention and MLP")
 
-    The first of a pair is the last step.
-    """
-    cases: dict[tuple[str, int], list[Record]] = {}
+
+def decomposition(found: Sequence[Record]) -> list[list[Record]]:
+    """From naive dense to sparse, the `STEPS` of every model, batch and density that has them."""
+    cases: dict[tuple[str, int], dict[tuple[Any, ...], Record]] = {}
     for r in found:
         if r["peer"] == "sparsesam_jax":
-            cases.setdefault((r["model"], r["batch"]), []).append(r)
+            own = cases.setdefault((r["model"], r["batch"]), {})
+            own[r["implementation"], r["sparse"], r["density"]] = r
     result = []
     for own in cases.values():
-        attention = [r for r in own if r["sparse"] == "attention"]
-        for density in sorted({r["density"] for r in attention}, reverse=True):
-            wanted = (
-                ("dense, XLA", "xla", 1.0, None),
-                ("dense, kernels", "mosaic_gpu", 1.0, None),
-                ("sparse attention", "mosaic_gpu", density, "attention"),
-                ("sparse attention and MLP", "mosaic_gpu", density, "attention and MLP"),
-            )
-            steps = [
-                (label, r)
-                for label, *key in wanted
-                for r in own
-                if [r["implementation"], r["density"], r["sparse"]] == key
-            ]
-            if len(steps) == len(wanted):
-                result.append((steps[-1][1], steps))
+        densities = {density for _, sparse, density in own if sparse == "attention"}
+        for density in sorted(densities, reverse=True):
+            sparse = [("mosaic_gpu", s, density) for s in ("attention", "attention and MLP")]
+            wanted = [("xla", None, 1.0), ("mosaic_gpu", None, 1.0), *sparse]
+            if all(key in own for key in wanted):
+                result.append([own[key] for key in wanted])
     return result

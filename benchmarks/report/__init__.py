@@ -1,0 +1,1 @@
+"""Tables, pictures and documents from the raw records."""
