@@ -41,7 +41,9 @@ def cpu(
     """Our encoder on the CPU beside transformers' PyTorch: same weights, threads and input."""
     from rich.console import Console
 
-    from benchmarks import cpu, records, shapes
+    from benchmarks import records
+    from benchmarks.cases import shapes
+    from benchmarks.suites import cpu
 
     def run() -> bool:
         options = cpu.Options(

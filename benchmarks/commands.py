@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import pool, records
-from benchmarks.pool import Children, Outcome
+from benchmarks import records, tables
 from benchmarks.records import Record
-from benchmarks.report import tables
+from benchmarks.run import pool
+from benchmarks.run.pool import Children, Outcome
 
 Model = Annotated[
     list[str] | None, typer.Option(help="vit_t, vit_b, vit_l or vit_h; may be repeated.")
@@ -45,7 +45,7 @@ _KEYS = {
 
 def _suite(name: str) -> Any:
     """The suite's module; imported when it is asked for, because JAX takes seconds."""
-    return importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
+    return importlib.import_module(f"benchmarks.suites.{name.replace('-', '_')}")
 
 
 def finish(run: Callable[[], int]) -> None:

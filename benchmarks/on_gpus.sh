@@ -50,7 +50,7 @@ sanitize)
     export XLA_FLAGS=--xla_gpu_autotune_level=0 # trials would be checked too
     for tool in memcheck racecheck; do
         echo "## $tool"
-        timeout "${LIMIT:-520}" compute-sanitizer --tool "$tool" python3 -m benchmarks.sanitize
+        timeout "${LIMIT:-520}" compute-sanitizer --tool "$tool" python3 -m benchmarks.suites.sanitize
     done 2>&1 | tee "$out/sanitizer.log"
     exit
     ;;

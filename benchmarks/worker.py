@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.timing import time_ms
+from benchmarks.run.timing import time_ms
 
 _ROOT = Path(__file__).resolve().parents[1]
 _KEEP_MEMORY = {

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import cpu, records
-from benchmarks.timing import Spread
+from benchmarks import records
+from benchmarks.run.timing import Spread
+from benchmarks.suites import cpu
 from benchmarks.worker import CheckError, Job
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,26 +17,17 @@ from flax import nnx
 from test_benchmarks import KEYS, start
 from typer.testing import CliRunner
 
-from benchmarks import (
-    encoder,
-    encoder_torch,
-    end_to_end,
-    end_to_end_torch,
-    growth,
-    kernels,
-    kernels_torch,
-    machine,
-    pool,
-    records,
-    scaling,
-    shapes,
-)
+from benchmarks import growth, records
 from benchmarks.__main__ import app
-from benchmarks.encoder_jax import build as build_ours
-from benchmarks.encoder_jax import random_state
-from benchmarks.kernel_cases import Case
-from benchmarks.pool import Job, relative_error
-from benchmarks.process import NotRunError
+from benchmarks.cases import shapes
+from benchmarks.cases.kernel_cases import Case
+from benchmarks.peers import encoder_torch, end_to_end_torch, kernels_torch
+from benchmarks.peers.encoder_jax import build as build_ours
+from benchmarks.peers.encoder_jax import random_state
+from benchmarks.run import machine, pool
+from benchmarks.run.pool import Job, relative_error
+from benchmarks.run.process import NotRunError
+from benchmarks.suites import encoder, end_to_end, kernels, scaling
 from sparsesam_jax import Sam, SamPredictor, Sparsity
 from sparsesam_jax.config import PRESETS
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.variants import Variant
 from typer.testing import CliRunner
 
-from benchmarks import shapes
 from benchmarks.__main__ import app
-from benchmarks.report import quality_document
-from benchmarks.suites.quality.variants import Variant
+from benchmarks.cases import shapes
 from sparsesam_jax import Sparsity
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import sanitize
+from benchmarks.suites import sanitize
 from pallas_kernels import implementation
 
 

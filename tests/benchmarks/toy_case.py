@@ -1,4 +1,4 @@
-"""A case for the tests of `benchmarks.pool`: no framework, and everything that can go wrong."""
+"""A case for the tests of `benchmarks.run.pool`: no framework, and everything that can go wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from benchmarks.process import NotRunError, Program
+from benchmarks.run.process import NotRunError, Program
 
 
 def build(scale: float, timed: bool = True, seconds: float = 0) -> Program:

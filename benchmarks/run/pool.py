@@ -25,8 +25,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from benchmarks import machine, records
+from benchmarks import records
 from benchmarks.records import Record, Write
+from benchmarks.run import machine
 
 SECONDS_LATE = 40  # that what has compiled within the limit still has to be timed
 SECONDS_TIMED = 120  # of one case: a kernel that hangs must not keep the GPU
@@ -271,7 +272,7 @@ class _Child:
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as the process
         # Its own process group: Ctrl-C is the parent's to handle.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.process"],
+            [sys.executable, "-m", "benchmarks.run.process"],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

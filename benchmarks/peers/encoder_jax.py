@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import records, shapes
-from benchmarks.process import NotRunError, Program
+from benchmarks import records
+from benchmarks.cases import shapes
 from benchmarks.records import Record
-from benchmarks.timing import Spread, queued_ms, time_ms
+from benchmarks.run.process import NotRunError, Program
+from benchmarks.run.timing import Spread, queued_ms, time_ms
 from pallas_kernels.implementation import Implementation, device_problem
 from sparsesam_jax import Sam, Sparsity
 from sparsesam_jax.config import SamConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import records
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "SPARSESAM_COMMIT"  # for copies of the tree that are no checkout
 _CLOCKS = {
     "sm_mhz": "clocks.sm",

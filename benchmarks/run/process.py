@@ -83,4 +83,4 @@ def _one_line(error: BaseException) -> str:
 
 if __name__ == "__main__":
     # By its name, so that what is raised and what is caught here are the same class.
-    importlib.import_module("benchmarks.process").serve()
+    importlib.import_module("benchmarks.run.process").serve()

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.encoder_jax import device_name, needs_gpu
-from benchmarks.kernel_cases import Case
-from benchmarks.process import Program
+from benchmarks.cases.kernel_cases import Case
+from benchmarks.peers.encoder_jax import device_name, needs_gpu
 from benchmarks.records import Record
-from benchmarks.timing import Spread, queued_ms
+from benchmarks.run.process import Program
+from benchmarks.run.timing import Spread, queued_ms
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.mlp_weights import MLPWeights
 from pallas_kernels.routed_mlp import mlp, routed_mlp

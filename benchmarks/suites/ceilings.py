@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import machine, shapes
-from benchmarks.encoder_jax import device_name
-from benchmarks.pool import Job, RunOptions, labels
-from benchmarks.process import Program
+from benchmarks.cases import shapes
+from benchmarks.peers.encoder_jax import device_name
 from benchmarks.records import Record
-from benchmarks.timing import Spread, queued_ms
+from benchmarks.run import machine
+from benchmarks.run.pool import Job, RunOptions, labels
+from benchmarks.run.process import Program
+from benchmarks.run.timing import Spread, queued_ms
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.sparsity.work import encoder_work
 
@@ -78,7 +79,7 @@ def job(model: str, batch: int, *, dtype: str, runs: int, loops: int) -> Job:
     arguments = dict(model=model, batch=batch, dtype=dtype, runs=runs, loops=loops)
     return Job(
         label=labels(["ceilings", model, f"B{batch}", dtype]),
-        module="benchmarks.ceilings",
+        module="benchmarks.suites.ceilings",
         arguments=arguments,
         environment=machine.jax_environment(),
         known={

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from benchmarks.process import NotRunError
+from benchmarks.run.process import NotRunError
 from pallas_kernels.block_layout import BlockLayout
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.sparsity.orders import GROUP, curve_order, spread_sequence

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from benchmarks import machine, shapes
-from benchmarks.encoder import MAX_ERROR, MAX_SPARSE_ERROR
-from benchmarks.pool import Job, RunOptions, labels
+from benchmarks.cases import shapes
+from benchmarks.growth import AXES
 from benchmarks.records import Record
-from benchmarks.report.growth import AXES
+from benchmarks.run import machine
+from benchmarks.run.pool import Job, RunOptions, labels
+from benchmarks.suites.encoder import MAX_ERROR, MAX_SPARSE_ERROR
 from sparsesam_jax.config import Sparsity
 from sparsesam_jax.sparsity.work import encoder_work
 
@@ -115,7 +116,7 @@ def _reference(model: str, size: int, density: float) -> Job:
     own = dict(implementation="xla", dtype="float32", runs=0, warmups=0, timed=False)
     return Job(
         label=_reference_name(model, size, density),
-        module="benchmarks.encoder_jax",
+        module="benchmarks.peers.encoder_jax",
         arguments=_arguments(model, 1, size, density) | own,
         environment=machine.reference_environment(),
         known={"suite": "scaling", "peer": "reference", "model": model},
@@ -145,7 +146,7 @@ def _job(
 
     return Job(
         label=labels([f"{model} B{batch} {size} r{density}", implementation]),
-        module="benchmarks.encoder_jax",
+        module="benchmarks.peers.encoder_jax",
         arguments=arguments
         | dict(
             implementation=implementation,

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks import shapes
+from benchmarks.cases import shapes
 from pallas_kernels.block_layout import BlockLayout
 from sparsesam_jax.sparsity.orders import GROUP, curve_order
 

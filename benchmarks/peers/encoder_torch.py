@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import shapes
+from benchmarks.cases import shapes
 from benchmarks.encoder_names import TORCH
-from benchmarks.process import NotRunError, Program
+from benchmarks.peers.torch_sam import ImageEncoder
 from benchmarks.records import Record
-from benchmarks.timing import Spread, queued_ms, time_ms
-from benchmarks.torch_sam import ImageEncoder
+from benchmarks.run.process import NotRunError, Program
+from benchmarks.run.timing import Spread, queued_ms, time_ms
 from sparsesam_jax.checkpoints import huggingface
 from sparsesam_jax.checkpoints.rules import HUGGINGFACE_TIED, Format, tensor_names, to_torch
 from sparsesam_jax.config import SamConfig, Sparsity

@@ -15,9 +15,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import ceilings, encoder_names, machine, shapes
-from benchmarks.pool import Job, RunOptions, labels
+from benchmarks import encoder_names
+from benchmarks.cases import shapes
 from benchmarks.records import Record
+from benchmarks.run import machine
+from benchmarks.run.pool import Job, RunOptions, labels
+from benchmarks.suites import ceilings
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.sparsity.split import block_densities
 from sparsesam_jax.sparsity.work import encoder_work
@@ -149,7 +152,7 @@ def _reference_name(model: str, kept: Sparsity | None) -> str:
 def _reference(options: Options, model: str, kept: Sparsity | None) -> Job:
     return Job(
         label=_reference_name(model, kept),
-        module="benchmarks.encoder_jax",
+        module="benchmarks.peers.encoder_jax",
         arguments=dict(
             model=model,
             batch=1,
@@ -203,7 +206,7 @@ def _case(
                 options.dtype,
             ]
         ),
-        module="benchmarks.encoder_jax" if ours else "benchmarks.encoder_torch",
+        module="benchmarks.peers.encoder_jax" if ours else "benchmarks.peers.encoder_torch",
         arguments=dict(
             model=model,
             batch=batch,

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine, shapes
-from benchmarks.pool import Job, RunOptions, labels
-from benchmarks.process import Program
+from benchmarks.cases import shapes
 from benchmarks.records import Record
-from benchmarks.timing import Spread, time_ms
+from benchmarks.run import machine
+from benchmarks.run.pool import Job, RunOptions, labels
+from benchmarks.run.process import Program
+from benchmarks.run.timing import Spread, time_ms
 from sparsesam_jax.config import Sparsity
 
 IMAGE_SIDES = (75 / 64, 225 / 128)  # height and width of the image in sides of the model's input
@@ -89,7 +90,7 @@ def jobs(options: Options) -> list[Job]:
         found.append(
             Job(
                 label=name,
-                module="benchmarks.end_to_end",
+                module="benchmarks.suites.end_to_end",
                 arguments=arguments
                 | dict(density=density, implementation="xla", dtype="float32", timed=False),
                 environment=machine.reference_environment(),
@@ -105,7 +106,9 @@ def jobs(options: Options) -> list[Job]:
             found.append(
                 Job(
                     label=labels([f"{model} r{density}", implementation, options.dtype]),
-                    module="benchmarks.end_to_end" if ours else "benchmarks.end_to_end_torch",
+                    module="benchmarks.suites.end_to_end"
+                    if ours
+                    else "benchmarks.peers.end_to_end_torch",
                     arguments=arguments
                     | dict(implementation=implementation, dtype=options.dtype)
                     | (dict(density=density) if ours else {}),
@@ -137,7 +140,7 @@ def build(
     import jax.numpy as jnp
     from flax import nnx
 
-    from benchmarks.encoder_jax import device_name, needs_gpu, random_state
+    from benchmarks.peers.encoder_jax import device_name, needs_gpu, random_state
     from sparsesam_jax import Sam, SamPredictor
     from sparsesam_jax.model.sam import ImageEmbedding, scale_points
 

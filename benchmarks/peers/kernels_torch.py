@@ -14,12 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from benchmarks.encoder_torch import device_name, memory
-from benchmarks.kernel_cases import Case
-from benchmarks.process import NotRunError, Program
-from benchmarks.records import Record
-from benchmarks.timing import Spread, time_ms
-from benchmarks.torch_sam import (
+from benchmarks.cases.kernel_cases import Case
+from benchmarks.peers.encoder_torch import device_name, memory
+from benchmarks.peers.torch_sam import (
     EPSILON,
     eager_attention,
     fast_attention,
@@ -29,7 +26,10 @@ from benchmarks.torch_sam import (
     window_partition,
     window_unpartition,
 )
-from benchmarks.torch_sparse import block_mask, permute
+from benchmarks.peers.torch_sparse import block_mask, permute
+from benchmarks.records import Record
+from benchmarks.run.process import NotRunError, Program
+from benchmarks.run.timing import Spread, time_ms
 
 Arrays = dict[str, Tensor]
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from benchmarks.torch_sparse import Plan, Static, permute
+from benchmarks.peers.torch_sparse import Plan, Static, permute
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 
 EPSILON = 1e-6

@@ -14,10 +14,12 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from benchmarks import ceilings, machine, shapes
-from benchmarks.kernel_cases import INPUT, OPS, Case, check
-from benchmarks.pool import Job, RunOptions, labels
+from benchmarks.cases import shapes
+from benchmarks.cases.kernel_cases import INPUT, OPS, Case, check
 from benchmarks.records import Record
+from benchmarks.run import machine
+from benchmarks.run.pool import Job, RunOptions, labels
+from benchmarks.suites import ceilings
 
 OURS = ("mosaic_gpu", "xla")
 TORCH = {
@@ -123,7 +125,7 @@ def _reference(case: Case) -> Job:
     )
     return Job(
         label=f"{case} float32 xla",
-        module="benchmarks.kernels_jax",
+        module="benchmarks.peers.kernels_jax",
         arguments=arguments,
         environment=machine.reference_environment(),
         known={"suite": "kernels", "peer": "reference"},
@@ -150,7 +152,7 @@ def _job(
 
     return Job(
         label=labels([case, name]),
-        module="benchmarks.kernels_jax" if ours else "benchmarks.kernels_torch",
+        module="benchmarks.peers.kernels_jax" if ours else "benchmarks.peers.kernels_torch",
         arguments=dict(
             case=dataclasses.asdict(case),
             implementation=name,

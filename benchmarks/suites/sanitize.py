@@ -1,7 +1,7 @@
 """Every kernel once, on shapes that are small enough for NVIDIA's compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.sanitize
-    compute-sanitizer --tool racecheck python -m benchmarks.sanitize
+    compute-sanitizer --tool memcheck python -m benchmarks.suites.sanitize
+    compute-sanitizer --tool racecheck python -m benchmarks.suites.sanitize
 
 Prints the error of each beside XLA; the sanitizer says how many errors or hazards it saw.
 """
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.pool import relative_error
+from benchmarks.run.pool import relative_error
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import device_problem
 from pallas_kernels.layer_norm import layer_norm

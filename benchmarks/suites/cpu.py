@@ -14,9 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import records, shapes
+from benchmarks import records
+from benchmarks.cases import shapes
 from benchmarks.records import Record, Write
-from benchmarks.timing import Spread
+from benchmarks.run.timing import Spread
 from benchmarks.worker import CheckError, Job, NotRunError, Worker
 
 TORCH_IMPLEMENTATIONS = ("eager", "sdpa")

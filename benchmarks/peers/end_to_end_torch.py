@@ -16,12 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import shapes
-from benchmarks.encoder_torch import compiled, device_name, load_transformers, memory, settings
-from benchmarks.end_to_end import PEERS, PROMPTS, image_size, row
-from benchmarks.process import Program
+from benchmarks.cases import shapes
+from benchmarks.peers.encoder_torch import (
+    compiled,
+    device_name,
+    load_transformers,
+    memory,
+    settings,
+)
 from benchmarks.records import Record
-from benchmarks.timing import Spread, time_ms
+from benchmarks.run.process import Program
+from benchmarks.run.timing import Spread, time_ms
+from benchmarks.suites.end_to_end import PEERS, PROMPTS, image_size, row
 
 
 class Predictor:

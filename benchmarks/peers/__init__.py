@@ -1,0 +1,1 @@
+"""Who is measured: this project and PyTorch, on the same weights and inputs."""
