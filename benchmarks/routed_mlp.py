@@ -29,11 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference, reference
+from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference, reference, routed_mlp
 from pallas_kernels.matmul_kernel import Config, Epilogue
 from pallas_kernels.mlp_weights import MLPWeights
-from pallas_kernels.routed_mlp import mosaic_mlp, mosaic_routed_mlp
-from pallas_kernels.tuning import fitting_matmul, padded, tuned
+from pallas_kernels.tuning import fitting_matmul, padded
 
 EPSILON = 1e-6
 PRODUCTS = ("product1", "product2")
@@ -211,18 +210,21 @@ def step(task: Task, carry: Any, data: dict[str, Any]) -> Any:
     rows = None if dense else data["rows"]
     if task.part == "block":
         x = carry.reshape(case.batch, -1, d)
+        if mosaic:
+            index = None if dense else data["index"]
+            statics, operands = routed_mlp.prepare(x, index, weights, epsilon=EPSILON)
+            return routed_mlp.launch(statics, *operands).reshape(-1, d)
         if dense:
-            return (mosaic_mlp if mosaic else mlp_reference.mlp)(x, weights).reshape(-1, d)
-        routed = mosaic_routed_mlp if mosaic else mlp_reference.routed_mlp
-        return routed(x, data["index"], weights).reshape(-1, d)
+            return mlp_reference.mlp(x, weights).reshape(-1, d)
+        return mlp_reference.routed_mlp(x, data["index"], weights).reshape(-1, d)
     if task.part == "norm":
         scale, bias = weights.norm_scale, weights.norm_bias
         x = data["x"]
         if mosaic:
-            statics = gather_norm_kernel.Statics(
-                x.dtype, EPSILON, task.block_rows, case.num_rows, interpret=False
+            statics, operands = gather_norm_kernel.prepare(
+                x, scale, bias, rows, num_rows=case.num_rows, block_rows=task.block_rows
             )
-            return gather_norm_kernel.launch(statics, x, scale, bias, rows=rows)
+            return gather_norm_kernel.launch(statics, *operands)
         return reference.layer_norm(x if dense else x[data["rows"]], scale, bias, EPSILON)
     if task.part == "product1":
         normed = data["normed"]
@@ -231,11 +233,18 @@ def step(task: Task, carry: Any, data: dict[str, Any]) -> Any:
         if task.program == "xla":
             hidden = (normed @ weights.kernel1).astype(jnp.float32) + weights.bias1
             return jax.nn.gelu(hidden, approximate=False).astype(normed.dtype)
-        config = task.config or fitting_matmul(tuned().to_output, len(normed), h, d)
-        assert config is not None
         epilogue = task.epilogue or "gelu"
-        statics = matmul_kernel.Statics(epilogue, config, case.num_rows, False)
-        return matmul_kernel.launch(statics, normed, weights.kernel1, weights.bias1)
+        config = task.config or fitting_matmul(epilogue, len(normed), h, d)
+        assert config is not None
+        statics, operands = matmul_kernel.prepare(
+            normed,
+            weights.kernel1,
+            weights.bias1,
+            epilogue=epilogue,
+            config=config,
+            num_rows=case.num_rows,
+        )
+        return matmul_kernel.launch(statics, *operands)
     hidden = data["hidden"]
     if task.program == "xla_gemm":
         return hidden @ weights.kernel2
@@ -246,10 +255,19 @@ def step(task: Task, carry: Any, data: dict[str, Any]) -> Any:
         if dense:
             return carry + update
         return carry.at[data["rows"][: case.num_rows]].add(update, unique_indices=True)
-    config = task.config or fitting_matmul(tuned().to_residual, len(hidden), d, h)
+    config = task.config or fitting_matmul("add", len(hidden), d, h)
     assert config is not None
-    statics = matmul_kernel.Statics("add", config, case.num_rows, False)
-    return matmul_kernel.launch(statics, hidden, weights.kernel2, weights.bias2, rows=rows, x=carry)
+    statics, operands = matmul_kernel.prepare(
+        hidden,
+        weights.kernel2,
+        weights.bias2,
+        rows,
+        carry,
+        epilogue="add",
+        config=config,
+        num_rows=case.num_rows,
+    )
+    return matmul_kernel.launch(statics, *operands)
 
 
 def changes_x(task: Task) -> bool:

@@ -21,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import gpu_table
-from pallas_kernels import reference, stripe_attention
+from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
-from pallas_kernels.stripe_attention import mosaic_stripe_attention
-from pallas_kernels.stripe_kernel import Config, Statics, launch
-from pallas_kernels.tiles import step_table
+from pallas_kernels.stripe_attention import attend_by_groups, launch, prepare
+from pallas_kernels.stripe_schedule import Config
 from pallas_kernels.tuning import tuned
 from sparsesam_jax.sparsity.orders import GROUP, curve_order
 
@@ -77,7 +76,7 @@ CASES = [
 
 
 class Arguments(NamedTuple):
-    """Arguments of `mosaic_stripe_attention`; those that may be None, or static numpy, last."""
+    """Arguments of `stripe_attention`; those that may be None, or static numpy, last."""
 
     qkv: Any
     rel_pos_h: Any
@@ -163,27 +162,20 @@ def plan(case: Case, config: Config | None) -> gpu_table.Programs:
     def whole(arrays: Arguments) -> jax.Array:
         *positional, block_order = bound(arrays)
         options: dict[str, Any] = dict(block_order=block_order, config=config)
-        return mosaic_stripe_attention(*positional, layout=case.layout, **options)
+        return attend_by_groups(*positional, layout=case.layout, **options)
 
-    def prepare(arrays: Arguments) -> tuple[Any, ...]:
+    def prepare_arrays(arrays: Arguments) -> tuple[Any, ...]:
         nonlocal statics
-        arrays = bound(arrays)
-        grid, images = (case.side, case.side), range(case.batch)
-        blocks = stripe_attention._find_blocks(grid, arrays.sequence, case.layout)
-        prepared = stripe_attention._prepare(*arrays[:3], blocks, images)
-        streamed = blocks.sequence is not None
-        used = config or stripe_attention.fitting_config(grid, case.head_dim, tiles=not streamed)
-        assert used is not None, "no configuration fits"
-        sizes = case.num_heads, case.batch, case.batch
-        statics = Statics(case.layout, used, blocks.tiling, streamed, *sizes, False)
-        table = step_table(blocks.tile_of_block, case.layout, arrays.block_order, used.block_kv)
-        return *prepared, table
+        *positional, block_order = bound(arrays)
+        options: dict[str, Any] = dict(block_order=block_order, config=config)
+        statics, operands = prepare(*positional, layout=case.layout, **options)
+        return operands
 
     pairs = float(case.layout.block_mask.sum()) * case.layout.block_q * case.layout.block_kv
     return gpu_table.Programs(
         whole=whole,
-        prepare=prepare,
-        kernel=lambda operands: launch(statics, None, *operands),
+        prepare=prepare_arrays,
+        kernel=lambda operands: launch(statics, *operands),
         arrays=arguments._replace(sequence=None) if is_static else arguments,
         error=lambda out: relative_error(case, out, arguments),
         flops=4 * case.batch * case.num_heads * case.head_dim * pairs,

@@ -14,17 +14,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import gpu_table
-from pallas_kernels import reference, window_attention
+from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.tuning import tuned
-from pallas_kernels.window_kernel import Config, launch
+from pallas_kernels.window_attention import launch, prepare
+from pallas_kernels.window_kernel import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ CASES = [
 
 
 class Arguments(NamedTuple):
-    """Arguments of `mosaic_window_attention`; `order` is static where it is numpy."""
+    """Arguments of `window_attention`; `order` is static where it is numpy."""
 
     qkv: Any
     rel_pos_h: Any
@@ -122,22 +122,20 @@ def plan(case: Case, config: Config | None) -> gpu_table.Programs:
     is_static, statics = case.order == "static", None
     options: dict[str, Any] = dict(window_size=case.window_size, layout=case.layout, config=config)
 
-    def whole(arrays: Arguments) -> Any:
-        order = arguments.order if is_static else arrays.order
-        return window_attention.mosaic_window_attention(*arrays[:3], order=order, **options)
-
-    def prepare(arrays: Arguments) -> tuple[Any, ...]:
-        """What the function hands to `launch`."""
+    def prepare_arrays(arrays: Arguments) -> tuple[Any, ...]:
         nonlocal statics
-        with mock.patch.object(window_attention, "launch", lambda *operands: operands):
-            statics, *operands = whole(arrays)
-        return tuple(operands)
+        order = arguments.order if is_static else arrays.order
+        statics, operands = prepare(*arrays[:3], order=order, **options)
+        return operands
+
+    def kernel(operands: tuple[Any, ...]) -> jax.Array:
+        return launch(statics, *operands)
 
     pairs = case.batch * case.num_heads * case.side**2 * case.layout.bar_len
     return gpu_table.Programs(
-        whole=whole,
-        prepare=prepare,
-        kernel=lambda operands: launch(statics, *operands),
+        whole=lambda arrays: kernel(prepare_arrays(arrays)),
+        prepare=prepare_arrays,
+        kernel=kernel,
         arrays=arguments._replace(order=None) if is_static else arguments,
         error=lambda out: relative_error(case, out, arguments),
         flops=4.0 * case.head_dim * pairs,

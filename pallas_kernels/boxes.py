@@ -1,38 +1,44 @@
-"""Boxes of a feature map in shared memory: what the attention kernels' copies have in common."""
+"""Boxes of a feature map: what the copies and launches of the attention kernels have in common."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
-SMEM_BYTES = 232448 - 2048  # shared memory of one program on Hopper, less what its barriers take
-
-
-def split_head_dim(head_dim: int) -> tuple[int, ...]:
-    """head_dim in parts whose rows are 128 or 32 bytes of 16-bit floats: a TMA swizzle."""
-    return (64,) * (head_dim // 64) + (16,) * (head_dim % 64 // 16)
+from pallas_kernels import hopper
+from pallas_kernels.hopper import OPERANDS
 
 
-def buffer(dtype: Any, *shape: int) -> Any:
-    """Shared memory of an operand of wgmma, as wide as one swizzle."""
-    tiling = plgpu.TilingTransform((8, shape[-1]))  # pyright: ignore[reportAbstractUsage]
-    swizzle = plgpu.SwizzleTransform(2 * shape[-1])  # pyright: ignore[reportAbstractUsage]
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+def split_head_dim(head_dim: int, dtype: DTypeLike) -> tuple[int, ...]:
+    """head_dim in parts whose rows are the TMA's widest swizzle, and after these its narrowest."""
+    operand = OPERANDS[jnp.dtype(dtype)]
+    wide, rest = divmod(head_dim, operand.columns)
+    return (operand.columns,) * wide + (operand.step,) * (rest // operand.step)
+
+
+def spans_of(parts: tuple[int, ...]) -> list[Any]:
+    """Where each part of head_dim lies, as slices of the last axis in global memory."""
+    return [pl.ds(sum(parts[:p]), part) for p, part in enumerate(parts)]
+
+
+def plain_rows(smem: Any) -> Any:
+    """A `hopper.buffer` one tile wide without its tiling, so that boxes need not be whole tiles.
+
+    Where a tile is as wide as the array, tiled rows lie behind each other like plain rows.
+    """
+    unswizzle, _ = smem.transforms
+    return dataclasses.replace(smem, transforms=(unswizzle,)).reshape(*smem.shape)
 
 
 def as_box(smem: Any, index: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
-    """The rows of a `buffer`, or of plain memory, seen as a box of `shape` of the feature map.
-
-    Where a tile is as wide as the array, tiled rows lie behind each other like plain rows: the
-    tiling is dropped, as the box's sides need not be whole tiles.
-    """
-    if not getattr(smem, "transforms", ()):
-        return smem.at[index].reshape(*shape, smem.shape[-1])
-    unswizzle, _ = smem.transforms
-    plain = dataclasses.replace(smem, transforms=(unswizzle,)).reshape(*smem.shape)
+    """The rows of a `hopper.buffer`, or of plain memory, seen as a box of the feature map."""
+    plain = plain_rows(smem) if getattr(smem, "transforms", ()) else smem
     return plain.at[index].reshape(*shape, smem.shape[-1])
 
 
@@ -49,3 +55,30 @@ def map_boxes(
     else:
         box = as_box(smem, (slot, pl.ds(0, rows * w)), (rows, w))
         yield gmem.at[image, pl.ds(row, rows), pl.ds(col, w), *columns], box
+
+
+def launch_over_map(
+    body: Callable[..., None],
+    operands: tuple[Any, ...],
+    *,
+    tiles: tuple[int, int],
+    num_items: int,
+    num_programs: int,
+    **options: Any,
+) -> Any:
+    """Run a kernel whose programs each stay with a tile of the map, and with the tile's tables.
+
+    Args:
+        body: The kernel; its axes are "row" and "col" of a tile, and "split".
+        operands: What it reads.
+        tiles: Rows and columns of tiles.
+        num_items: What there is to do for every tile; programs of a tile take turns.
+        num_programs: Programs at most, or one for each tile where there are more.
+        **options: Further arguments of `hopper.kernel`.
+    """
+    num_splits = max(min(num_items, num_programs // math.prod(tiles)), 1)
+    names = ("row", "col", "split")
+    kernel = hopper.kernel(
+        body, grid=(*tiles, num_splits), grid_names=names, approx_math=False, **options
+    )
+    return kernel(*operands)

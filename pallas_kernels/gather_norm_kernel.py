@@ -17,7 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
+
+from pallas_kernels import hopper
+from pallas_kernels.implementation import undifferentiable
 
 CHUNK = 64  # columns that a warp has in one register of each thread, two a thread
 WARPS = 4
@@ -37,7 +41,7 @@ class Statics(NamedTuple):
 def _kernel(
     x_gmem, rows_gmem, scale_gmem, bias_gmem, out_gmem, x_smem, ready, *, statics: Statics
 ):  # fmt: skip
-    _, epsilon, block_rows, _, _ = statics
+    block_rows = statics.block_rows
     first = lax.axis_index("block") * block_rows
     if rows_gmem is None:
         plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(first, block_rows)], x_smem, ready)
@@ -69,47 +73,94 @@ def _kernel(
             return broadcast(y.sum(axis=1).sum(axis=1) / (y.shape[1] * y.shape[2]), [0])
 
         centred = x - mean(x)
-        out = centred * lax.rsqrt(mean(centred * centred) + epsilon)
+        out = centred * lax.rsqrt(mean(centred * centred) + statics.epsilon)
         out = out * broadcast(scale.astype(jnp.float32), [1, 2])
         out = out + broadcast(bias.astype(jnp.float32), [1, 2])
         out_gmem[pl.ds(first + i * WARPS, WARPS)] = out.astype(out_gmem.dtype)
 
 
-def launch(
-    statics: Statics, x: Array, scale: Array, bias: Array, *, rows: Array | None = None
-) -> Array:
-    """Run the kernel.
+def scratch_types(statics: Statics, width: int, dtype: DTypeLike, *, gathers: bool) -> dict:
+    """Shared memory and barriers of a block of threads."""
+    return dict(
+        x_smem=plgpu.SMEM((statics.block_rows, width // CHUNK, CHUNK), dtype),
+        ready=plgpu.Barrier(num_arrivals=statics.block_rows if gathers else 1),
+    )
+
+
+@functools.cache
+def widest(block_rows: int = BLOCK_ROWS) -> int:
+    """The widest row of 16-bit floats of which a block of threads holds its share."""
+    statics = Statics(jnp.dtype(jnp.bfloat16), 0.0, block_rows, block_rows, False)
+
+    def fits(width: int) -> bool:
+        scratch = scratch_types(statics, width, statics.dtype, gathers=True)
+        return hopper.smem_bytes(scratch, reduces=True) <= hopper.smem_limit()
+
+    return next(width for width in range(8192, 0, -CHUNK) if fits(width))
+
+
+def prepare(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    rows: Array | None = None,
+    *,
+    num_rows: int | None = None,
+    dtype: DTypeLike | None = None,
+    epsilon: float = 1e-6,
+    block_rows: int = BLOCK_ROWS,
+    interpret: Any = False,
+) -> tuple[Statics, tuple[Array, Array, Array, Array | None]]:
+    """What `launch` takes, for checked arguments.
 
     Args:
-        statics: What is known when the launch is traced.
         x: Rows of the residual stream [any, d], 16-bit floats, d a multiple of 64.
         scale: LayerNorm's scale [d], float32 or 16-bit floats.
         bias: Its bias [d], likewise.
-        rows: Rows of x, int32 [M], M a multiple of `block_rows`; None takes all in order.
+        rows: Rows of x, int32 [M]; None takes all in order.
+        num_rows: How many of the M rows count; None is all.
+        dtype: Of the output; None is x's.
+        epsilon: Added to the variance.
+        block_rows: Rows that a block of threads normalises.
+        interpret: For tests: parameters of Mosaic GPU's interpret mode.
 
     Returns:
-        The normalised rows [M, d].
+        Statics and operands. Rows are padded to whole blocks by the last one, which may be read
+        again.
     """
+    given = len(x) if rows is None else len(rows)
+    if padding := -given % block_rows:
+        rows = jnp.arange(given, dtype=jnp.int32) if rows is None else rows
+        rows = jnp.pad(rows, (0, padding), mode="edge")
+    num_rows = given if num_rows is None else num_rows
+    statics = Statics(jnp.dtype(dtype or x.dtype), epsilon, block_rows, num_rows, interpret)
+    return statics, (x, scale, bias, rows)
+
+
+# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
+@functools.partial(jax.jit, static_argnums=0)
+def launch(
+    statics: Statics, x: Array, scale: Array, bias: Array, rows: Array | None = None
+) -> Array:
+    """Run the kernel on what `prepare` gives.
+
+    Returns:
+        The normalised rows [M, d], M a multiple of `block_rows`.
+    """
+    x, scale, bias = undifferentiable("layer_norm", (x, scale, bias))
     width, block_rows = x.shape[1], statics.block_rows
     out_rows = x.shape[0] if rows is None else rows.shape[0]
     chunks = (width // CHUNK, CHUNK)
-    body = functools.partial(_kernel, statics=statics)
     operands = [x.reshape(-1, *chunks), rows, scale.reshape(chunks), bias.reshape(chunks)]
-    kernel = plgpu.kernel(
-        body,
+    kernel = hopper.kernel(
+        functools.partial(_kernel, statics=statics),
+        name="gather_norm",
+        interpret=statics.interpret,
         out_type=jax.ShapeDtypeStruct((out_rows, *chunks), statics.dtype),
-        scratch_types=dict(
-            x_smem=plgpu.SMEM((block_rows, *chunks), x.dtype),
-            ready=plgpu.Barrier(num_arrivals=1 if rows is None else block_rows),
-        ),
+        scratch_types=scratch_types(statics, width, x.dtype, gathers=rows is not None),
         grid=(-(-statics.num_rows // block_rows),),
         grid_names=("block",),
         num_threads=1,
         thread_name="wg",
-        kernel_name="gather_norm",
-        interpret=statics.interpret,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
     )
     return kernel(*operands).reshape(out_rows, width)

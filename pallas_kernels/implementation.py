@@ -10,16 +10,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 
-Implementation = Literal["auto", "xla", "mosaic_gpu"]
+from pallas_kernels.choices import Implementation
+
 Resolved = Literal["xla", "mosaic_gpu"]
-
-KERNEL_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))  # that kernels read and multiply
 
 JAX_SUPPORTS_MOSAIC_GPU = jax.__version_info__ >= (0, 11, 0)
 
@@ -70,17 +69,25 @@ def resolve(
     )
 
 
-def no_gradient(function: str) -> Callable[..., Any]:
-    """What differentiating a kernel runs into, as the rule of a `jax.custom_jvp`.
+# Around a kernel's operands and not its launch: a reference, which a launch that works in place
+# creates, cannot live in a function with a rule of its own.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def undifferentiable(function: str, operands: Any) -> Any:
+    """The operands of a kernel, with an error in the place of a gradient.
 
     Args:
-        function: The public function, for the error message.
+        function: What the user called, for the error message.
+        operands: Arrays, in any structure.
+
+    Raises:
+        NotImplementedError: When it is differentiated.
     """
+    return operands
 
-    def rule(*_: Any) -> Any:
-        raise NotImplementedError(
-            f'{function} with implementation="mosaic_gpu" has no gradient; '
-            'use implementation="xla", which is differentiable'
-        )
 
-    return rule
+@undifferentiable.defjvp
+def _no_gradient(function: str, *_: Any) -> Any:
+    raise NotImplementedError(
+        f'{function} with implementation="mosaic_gpu" has no gradient; '
+        'use implementation="xla", which is differentiable'
+    )

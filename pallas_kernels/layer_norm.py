@@ -7,7 +7,7 @@ XLA's own fusion reaches three quarters of the bandwidth that the kernel does (H
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import gather_norm_kernel, reference
-from pallas_kernels.gather_norm_kernel import BLOCK_ROWS
-from pallas_kernels.implementation import KERNEL_DTYPES, Implementation, no_gradient, resolve
+from pallas_kernels.choices import Implementation
+from pallas_kernels.hopper import KERNEL_DTYPES, VECTOR_DTYPES, dtype_problems
+from pallas_kernels.implementation import resolve
+
+
+class Statics(NamedTuple):
+    """What a launch knows when it is traced; `interpret` as in `plgpu.kernel`."""
+
+    dtype: jnp.dtype  # of the result
+    epsilon: float
+    interpret: Any
 
 
 def layer_norm(
@@ -46,24 +55,21 @@ def layer_norm(
         NotImplementedError: The kernel is differentiated; `"xla"` is differentiable.
     """
     d, dtype = x.shape[-1], jnp.dtype(dtype or x.dtype)
-    problems = []
-    for name, of in (("x", x.dtype), ("dtype", dtype)):
-        if of not in KERNEL_DTYPES:
-            problems.append(f"{name} must be bfloat16 or float16, got {of}")
-    if d % 64 or not 64 <= d <= 8192:
-        problems.append(f"d must be a multiple of 64 up to 8192, got {d}")
+    problems = dtype_problems(KERNEL_DTYPES, x=x.dtype, dtype=dtype)
+    widest = gather_norm_kernel.widest()
+    if d % 64 or not 64 <= d <= widest:
+        problems.append(f"d must be a multiple of 64 up to {widest}, got {d}")
     for name, array in (("scale", scale), ("bias", bias)):
         if array.shape != (d,):
             raise ValueError(f"{name} must have shape {(d,)}, got {array.shape}")
-        if array.dtype not in (*KERNEL_DTYPES, jnp.float32):
-            problems.append(f"{name} must be float32, bfloat16 or float16, got {array.dtype}")
-    chosen = resolve(implementation, function="layer_norm", problems=problems)
-    if chosen == "mosaic_gpu":
-        return mosaic_layer_norm(x, scale, bias, dtype=dtype, epsilon=epsilon)
-    return reference.layer_norm(x, scale, bias, epsilon, dtype)
+    problems += dtype_problems(VECTOR_DTYPES, scale=scale.dtype, bias=bias.dtype)
+    if resolve(implementation, function="layer_norm", problems=problems) == "xla":
+        return reference.layer_norm(x, scale, bias, epsilon, dtype)
+    statics, operands = prepare(x, scale, bias, dtype=dtype, epsilon=epsilon)
+    return launch(statics, *operands)
 
 
-def mosaic_layer_norm(
+def prepare(
     x: Array,
     scale: Array,
     bias: Array,
@@ -71,29 +77,17 @@ def mosaic_layer_norm(
     dtype: DTypeLike | None = None,
     epsilon: float = 1e-6,
     interpret: Any = False,
-) -> Array:
-    """The kernel on checked arguments; `interpret` is for tests."""
-    num_rows = x.size // x.shape[-1]
-    dtype = jnp.dtype(dtype or x.dtype)
-    statics = gather_norm_kernel.Statics(dtype, epsilon, BLOCK_ROWS, num_rows, interpret)
-    return _launch(statics, x.reshape(num_rows, -1), scale, bias).reshape(x.shape)
+) -> tuple[Statics, tuple[Array, Array, Array]]:
+    """What `launch` takes, for checked arguments of `layer_norm`; `interpret` is for tests."""
+    return Statics(jnp.dtype(dtype or x.dtype), epsilon, interpret), (x, scale, bias)
 
 
 # Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
 @functools.partial(jax.jit, static_argnums=0)
-def _launch(statics: gather_norm_kernel.Statics, x: Array, scale: Array, bias: Array) -> Array:
-    x, scale, bias = _undifferentiable(x, scale, bias)
-    num_rows, padding = statics.num_rows, -statics.num_rows % BLOCK_ROWS
-    rows = None
-    if padding:
-        rows = jnp.pad(jnp.arange(num_rows, dtype=jnp.int32), (0, padding), mode="edge")
-    return gather_norm_kernel.launch(statics, x, scale, bias, rows=rows)[:num_rows]
-
-
-# Around the arguments and not the launch: a reference cannot live in a function with its own rule.
-@jax.custom_jvp
-def _undifferentiable(x: Array, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
-    return x, scale, bias
-
-
-_undifferentiable.defjvp(no_gradient("layer_norm"))
+def launch(statics: Statics, x: Array, scale: Array, bias: Array) -> Array:
+    """Run the kernel on what `prepare` gives; the result is that of `layer_norm`."""
+    num_rows = x.size // x.shape[-1]
+    kernel_statics, operands = gather_norm_kernel.prepare(
+        x.reshape(num_rows, -1), scale, bias, **statics._asdict()
+    )
+    return gather_norm_kernel.launch(kernel_statics, *operands)[:num_rows].reshape(x.shape)

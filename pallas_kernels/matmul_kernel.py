@@ -26,38 +26,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
+
+from pallas_kernels import hopper
+from pallas_kernels.boxes import plain_rows
+from pallas_kernels.gelu import gelu
+from pallas_kernels.hopper import MULTIPROCESSORS, OPERANDS, REGISTERS
+from pallas_kernels.implementation import undifferentiable
 
 # What an epilogue does; the first serves to measure what the others cost.
 Epilogue = Literal["none", "bias", "gelu", "add"]
 
-COLUMNS = 64  # of a tile in shared memory: rows of 128 bytes, the TMA's widest swizzle
 WARPGROUPS = 2  # that multiply
-# Shared memory of one block on Hopper, less the vectors, the barriers and Mosaic's scratch.
-SMEM_BYTES = 232448 - 6144
-
-# log2 Phi(-t) on t >= 0 by a weighted minimax fit on [0, 6]; beyond, it only falls. GELU's absolute
-# error is below 3e-7, most of it float32's.
-_LOG2_PHI = (
-    -0.9999988675117493,
-    -1.1511237621307373,
-    -0.4591129720211029,
-    -0.052719928324222565,
-    0.007340434473007917,
-    -0.00032822086359374225,
-    -0.00011256838479312137,
-    2.470000254106708e-05,
-    -1.659081704019627e-06,
-)
-
-
-def gelu(x: Array) -> Array:
-    """The exact GELU in float32, `max(x, 0) - |x| Phi(-|x|)`: one exponential, no division."""
-    t = jnp.abs(x)
-    log2_phi = jnp.full_like(x, _LOG2_PHI[-1])
-    for coefficient in _LOG2_PHI[-2::-1]:
-        log2_phi = log2_phi * t + coefficient
-    return jnp.maximum(x, 0.0) - t * jnp.exp2(log2_phi)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,13 +50,12 @@ class Config:
         tile_n: Columns of an output tile.
         tile_k: Depth of a step.
         num_stages: Steps in flight between TMA and the warpgroups.
-        num_slots: Chunks of 64 columns of the output in flight from a warpgroup to memory.
+        num_slots: Chunks of the output, one swizzle wide, in flight from a warpgroup to memory.
         take_turns: Whether the warpgroups take tiles in turns; else they share each by its rows.
         group_m: Tiles follow one another down a group of this many rows of tiles, which keeps the
             operands of the tiles in flight in the L2 cache.
         cluster: Blocks that share a's tiles, 1 or 2.
-        num_programs: Programs at most. The default is the number of multiprocessors of an H100 or
-            H200 (SXM).
+        num_programs: Programs at most.
     """
 
     tile_m: int = 128
@@ -86,22 +66,28 @@ class Config:
     take_turns: bool = True
     group_m: int = 16
     cluster: int = 1
-    num_programs: int = 132
+    num_programs: int = MULTIPROCESSORS
 
     @property
     def warpgroup_rows(self) -> int:
         """Rows of a tile that one warpgroup multiplies."""
         return self.tile_m if self.take_turns else self.tile_m // WARPGROUPS
 
-    def fits(self, m: int, n: int, k: int) -> bool:
-        """Whether the tiles divide the shapes and fit in registers and shared memory."""
+    def fits(self, m: int, n: int, k: int, dtype: DTypeLike = jnp.bfloat16) -> bool:
+        """Whether the tiles divide the shapes and fit in registers and shared memory.
+
+        Args:
+            m: Rows of a.
+            n: Columns of b.
+            k: Columns of a.
+            dtype: Of a, b and the output.
+        """
         if m % self.tile_m or n % (self.tile_n * self.cluster) or k % self.tile_k:
             return False
         if self.warpgroup_rows * self.tile_n > 128 * 128:  # accumulators
             return False
-        ring = self.num_stages * (self.tile_m + self.tile_n) * self.tile_k
-        output = WARPGROUPS * self.num_slots * self.warpgroup_rows * COLUMNS
-        return 2 * (ring + output) <= SMEM_BYTES
+        scratch = scratch_types(self, dtype, out_dtype=dtype, bias_dtype=jnp.float32)
+        return hopper.smem_bytes(scratch, reduces=False) <= hopper.smem_limit()
 
 
 class Statics(NamedTuple):
@@ -119,9 +105,11 @@ def _kernel(
     statics: Statics,
 ):  # fmt: skip
     out_gmem = x_gmem if out_gmem is None else out_gmem
-    epilogue, config, num_rows, interpret = statics
+    epilogue, config, interpret = statics.epilogue, statics.config, statics.interpret
+    num_rows, chunk_columns = statics.num_rows, out_smem.shape[-1]
     tile_m, tile_n, tile_k = config.tile_m, config.tile_n, config.tile_k
     num_stages, cluster = config.num_stages, config.cluster
+    compute_registers, load_registers = REGISTERS[WARPGROUPS]
     num_m, num_n = -(-num_rows // tile_m), b_gmem.shape[1] // (tile_n * cluster)
     num_steps = a_gmem.shape[1] // tile_k  # of one tile
     program, wg = lax.axis_index("program"), lax.axis_index("wg")
@@ -145,7 +133,7 @@ def _kernel(
 
     @pl.when(wg < WARPGROUPS)
     def _compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(compute_registers, action="increase")
         wg_rows = config.warpgroup_rows
         first_wg_row = 0 if config.take_turns else wg * wg_rows
 
@@ -184,16 +172,16 @@ def _kernel(
 
                 return acc_ref[...]
 
-            shape = (wg_rows, tile_n)
-            acc = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+            sums = hopper.accumulator(a_smem.dtype, wg_rows, tile_n)
+            acc = pl.run_scoped(products, sums)
             plgpu.barrier_arrive(empty.at[barrier(first_step + num_steps - 1)])
             return acc
 
         def finish(acc, chunk):
             """A chunk of the tile's columns, as it is stored."""
-            out = acc[:, chunk * COLUMNS : (chunk + 1) * COLUMNS]
+            out = acc[:, chunk * chunk_columns : (chunk + 1) * chunk_columns]
             if epilogue != "none":
-                own_bias = bias_smem.at[wg, pl.ds(chunk * COLUMNS, COLUMNS)]
+                own_bias = bias_smem.at[wg, pl.ds(chunk * chunk_columns, chunk_columns)]
                 by_column = plgpu.Layout.WGMMA.reduce(0)
                 # pyright reads jax 0.10, where an index had to be given.
                 bias = plgpu.load(own_bias, layout=by_column, optimized=False)  # pyright: ignore
@@ -211,12 +199,8 @@ def _kernel(
             plgpu.copy_smem_to_gmem(out_smem.at[wg, slot], target, reduction_op=reduction)
 
         def scatter(slot, row, columns):
-            plain = out_smem
-            if not interpret:  # has no reshaped references
-                # A tile is as wide as its array, so its rows lie behind each other like plain rows.
-                unswizzle, _ = out_smem.transforms
-                plain = dataclasses.replace(out_smem, transforms=(unswizzle,))
-                plain = plain.reshape(*out_smem.shape)
+            # Interpret mode has no reshaped references.
+            plain = out_smem if interpret else plain_rows(out_smem)
 
             @pl.loop(0, jnp.minimum(num_rows - row, wg_rows))
             def _row(r):
@@ -241,12 +225,12 @@ def _kernel(
             acc = multiply(count)
             if epilogue != "none":
                 plgpu.barrier_wait(vectors_ready.at[wg])
-            for chunk in range(tile_n // COLUMNS):
+            for chunk in range(tile_n // chunk_columns):
                 slot = chunk % config.num_slots
                 plgpu.wait_smem_to_gmem(config.num_slots - 1, wait_read_only=True)
                 out_smem[wg, slot] = finish(acc, chunk)
                 plgpu.commit_smem()
-                columns = pl.ds(column + chunk * COLUMNS, COLUMNS)
+                columns = pl.ds(column + chunk * chunk_columns, chunk_columns)
                 write = store if rows_gmem is None else scatter
                 write(slot, row + first_wg_row, columns)
 
@@ -261,7 +245,7 @@ def _kernel(
 
     @pl.when(wg == WARPGROUPS)
     def _load():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(load_registers, action="decrease")
         axes = "cluster" if cluster > 1 else None
 
         @pl.loop(0, num_own_tiles)
@@ -291,65 +275,100 @@ def _kernel(
             plgpu.barrier_wait(empty.at[barrier(step)])
 
 
-def launch(
-    statics: Statics,
-    a: Array,
-    b: Array,
-    bias: Array,
+def scratch_types(
+    config: Config,
+    dtype: DTypeLike,
     *,
-    rows: Array | None = None,
-    x: Array | None = None,
-) -> Array:
-    """Run the kernel.
-
-    Args:
-        statics: What is known when the launch is traced.
-        a: Left operand [M, K], 16-bit floats, M a multiple of the tile.
-        b: Right operand [K, N], a's dtype.
-        bias: [N], float32 or a's dtype.
-        rows: For "add", rows of x, int32 [M]; None is row m for row m of a.
-        x: For "add", what is added to, [any, N], 16-bit floats.
-
-    Returns:
-        The product's output [M, N], or for "add" x after it, in x's place if XLA can spare x.
-    """
-    epilogue, config, num_rows, interpret = statics
-    num_stages, cluster, wg_rows = config.num_stages, config.cluster, config.warpgroup_rows
+    out_dtype: DTypeLike,
+    bias_dtype: DTypeLike,
+    scatters: bool = False,
+) -> dict[str, Any]:
+    """Shared memory and barriers of a block of threads: `a` and `b` have `dtype`."""
+    num_stages, wg_rows = config.num_stages, config.warpgroup_rows
     tile_m, tile_n, tile_k = config.tile_m, config.tile_n, config.tile_k
-    (m, k), n = a.shape, b.shape[1]
-    if not config.fits(m, n, k):
-        raise ValueError(f"config must fit the product of {a.shape} and {b.shape}, got {config}")
-
-    def buffer(*shape: int, dtype: Any = a.dtype) -> Any:
-        tiling = plgpu.TilingTransform((8, COLUMNS))  # pyright: ignore[reportAbstractUsage]
-        transforms = (tiling, plgpu.SwizzleTransform(2 * COLUMNS))  # pyright: ignore[reportAbstractUsage]
-        return plgpu.SMEM(shape, dtype, transforms=transforms)
-
+    out_columns = OPERANDS[jnp.dtype(out_dtype)].columns
     num_barriers = num_stages * (WARPGROUPS if config.take_turns else 1)
     num_readers = 1 if config.take_turns else WARPGROUPS
-    if cluster > 1:
+    if config.cluster > 1:
         empty = plgpu.ClusterBarrier(
             collective_axes=("cluster",), num_barriers=num_barriers, num_arrivals=num_readers
         )
     else:
         empty = plgpu.Barrier(num_barriers=num_barriers, num_arrivals=num_readers)
+    return dict(
+        a_smem=hopper.buffer(dtype, num_stages, tile_m, tile_k),
+        b_smem=hopper.buffer(dtype, num_stages, tile_k, tile_n),
+        out_smem=hopper.buffer(out_dtype, WARPGROUPS, config.num_slots, wg_rows, out_columns),
+        bias_smem=plgpu.SMEM((WARPGROUPS, tile_n), bias_dtype),
+        rows_smem=plgpu.SMEM((WARPGROUPS, wg_rows), jnp.int32),
+        full=plgpu.Barrier(num_barriers=num_barriers, num_arrivals=2),
+        empty=empty,
+        turn=plgpu.Barrier(num_barriers=WARPGROUPS),
+        vectors_ready=plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=1 + scatters),
+    )
+
+
+def prepare(
+    a: Array,
+    b: Array,
+    bias: Array,
+    rows: Array | None = None,
+    x: Array | None = None,
+    *,
+    epilogue: Epilogue,
+    config: Config,
+    num_rows: int | None = None,
+    interpret: Any = False,
+) -> tuple[Statics, tuple[Array, Array, Array, Array | None, Array | None]]:
+    """What `launch` takes; `tuning.fitting_matmul` knows a config.
+
+    Args:
+        a: Left operand [M, K], M a multiple of the tile.
+        b: Right operand [K, N], a's dtype.
+        bias: [N], float32 or a's dtype.
+        rows: For "add", rows of x, int32 [M]; None is row m for row m of a.
+        x: For "add", what is added to, [any, N], 16-bit floats.
+        epilogue: What follows the product.
+        config: How the kernel runs.
+        num_rows: How many rows of a count, those behind being padding; None is all.
+        interpret: For tests: parameters of Mosaic GPU's interpret mode.
+
+    Raises:
+        ValueError: The config does not fit the product.
+    """
+    if not config.fits(len(a), b.shape[1], a.shape[1], a.dtype):
+        raise ValueError(f"config must fit the product of {a.shape} and {b.shape}, got {config}")
+    num_rows = len(a) if num_rows is None else num_rows
+    return Statics(epilogue, config, num_rows, interpret), (a, b, bias, rows, x)
+
+
+# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
+@functools.partial(jax.jit, static_argnums=0)
+def launch(
+    statics: Statics,
+    a: Array,
+    b: Array,
+    bias: Array,
+    rows: Array | None = None,
+    x: Array | None = None,
+) -> Array:
+    """Run the kernel on what `prepare` gives.
+
+    Returns:
+        The product's output [M, N], or for "add" x after it, in x's place if XLA can spare x.
+    """
+    a, b, bias, x = undifferentiable("a product", (a, b, bias, x))
+    config, cluster = statics.config, statics.config.cluster
     out_dtype, x_ref = (a.dtype, None) if x is None else (x.dtype, jax.new_ref(x))
-    num_tiles = -(-num_rows // tile_m) * (n // (tile_n * cluster))
-    kernel = plgpu.kernel(
+    m, n = a.shape[0], b.shape[1]
+    num_tiles = -(-statics.num_rows // config.tile_m) * (n // (config.tile_n * cluster))
+    kernel = hopper.kernel(
         functools.partial(_kernel, statics=statics),
+        name=f"matmul_{statics.epilogue}",
+        interpret=statics.interpret,
         out_type=jax.ShapeDtypeStruct((m, n), out_dtype) if x_ref is None else (),
-        scratch_types=dict(
-            a_smem=buffer(num_stages, tile_m, tile_k),
-            b_smem=buffer(num_stages, tile_k, tile_n),
-            out_smem=buffer(WARPGROUPS, config.num_slots, wg_rows, COLUMNS, dtype=out_dtype),
-            bias_smem=plgpu.SMEM((WARPGROUPS, tile_n), bias.dtype),
-            rows_smem=plgpu.SMEM((WARPGROUPS, wg_rows), jnp.int32),
-            full=plgpu.Barrier(num_barriers=num_barriers, num_arrivals=2),
-            empty=empty,
-            turn=plgpu.Barrier(num_barriers=WARPGROUPS),
-            vectors_ready=plgpu.Barrier(
-                num_barriers=WARPGROUPS, num_arrivals=1 + (rows is not None)
-            ),
+        scratch_types=scratch_types(
+            config, a.dtype, out_dtype=out_dtype, bias_dtype=bias.dtype, scatters=rows is not None
         ),
         grid=(min(config.num_programs // cluster, num_tiles),),
         grid_names=("program",),
@@ -357,11 +376,6 @@ def launch(
         cluster_names=("cluster",),
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
-        kernel_name=f"matmul_{epilogue}",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
     )
     out = kernel(a, b, bias, rows, x_ref)
     return out if x_ref is None else jax.freeze(x_ref)

@@ -10,6 +10,10 @@ from jaxtyping import Array, Float
 class MLPWeights(NamedTuple):
     """LayerNorm and the two linear layers of an MLP, kernels as (in, out).
 
+    Scales of quantised kernels, one an output channel, will be two more fields that are None by
+    default: they are arrays of the block like its biases, and reach the products' epilogues with
+    these.
+
     Attributes:
         norm_scale: LayerNorm's scale.
         norm_bias: LayerNorm's bias.

@@ -6,17 +6,27 @@ The public function, which runs as plain XLA or as the Mosaic GPU kernel of `mat
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import matmul_kernel
-from pallas_kernels.implementation import KERNEL_DTYPES, Implementation, no_gradient, resolve
-from pallas_kernels.matmul_kernel import Config
+from pallas_kernels.choices import Implementation
+from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
+from pallas_kernels.implementation import resolve, undifferentiable
+from pallas_kernels.matmul_kernel import Config, Epilogue
 from pallas_kernels.reference import matmul_precision
-from pallas_kernels.tuning import fitting_matmul, padded, tuned
+from pallas_kernels.tuning import fitting_matmul, padded
+
+
+class Statics(NamedTuple):
+    """What a launch knows when it is traced; `interpret` as in `plgpu.kernel`."""
+
+    epilogue: Epilogue
+    config: Config
+    interpret: Any
 
 
 def projection(
@@ -55,19 +65,19 @@ def projection(
     if x.dtype not in KERNEL_DTYPES or kernel.dtype != x.dtype:
         dtypes = f"{x.dtype} and {kernel.dtype}"
         problems.append(f"x and kernel must be both bfloat16 or both float16, got {dtypes}")
-    if residual is not None and residual.dtype not in KERNEL_DTYPES:
-        problems.append(f"residual must be bfloat16 or float16, got {residual.dtype}")
+    if residual is not None:
+        problems += dtype_problems(KERNEL_DTYPES, residual=residual.dtype)
     for name, width in (("d", d), ("n", n)):
         if width % 64:
             problems.append(f"{name} must be a multiple of 64, got {width}")
-    chosen = resolve(implementation, function="projection", problems=problems)
-    if chosen == "mosaic_gpu":
-        return mosaic_projection(x, kernel, bias, residual=residual)
-    out = jnp.matmul(x, kernel, precision=matmul_precision(x.dtype)) + bias.astype(x.dtype)
-    return out if residual is None else residual + out.astype(residual.dtype)
+    if resolve(implementation, function="projection", problems=problems) == "xla":
+        out = jnp.matmul(x, kernel, precision=matmul_precision(x.dtype)) + bias.astype(x.dtype)
+        return out if residual is None else residual + out.astype(residual.dtype)
+    statics, operands = prepare(x, kernel, bias, residual=residual)
+    return launch(statics, *operands)
 
 
-def mosaic_projection(
+def prepare(
     x: Array,
     kernel: Array,
     bias: Array,
@@ -75,39 +85,46 @@ def mosaic_projection(
     residual: Array | None = None,
     config: Config | None = None,
     interpret: Any = False,
-) -> Array:
-    """The kernel on checked arguments; `config` and `interpret` are for tests and tuning."""
-    rows, (d, n) = x.size // x.shape[-1], kernel.shape
-    table = tuned().to_output if residual is None else tuned().to_residual
-    config = config or fitting_matmul(table, padded(rows), n, d)
+) -> tuple[Statics, tuple[Array, Array, Array, Array | None]]:
+    """What `launch` takes, for checked arguments of `projection`.
+
+    Args:
+        x: Rows of any number and shape.
+        kernel: [d, n].
+        bias: [n].
+        residual: What the product is added to.
+        config: How the kernel runs; None is the tuned one.
+        interpret: For tests: parameters of Mosaic GPU's interpret mode.
+    """
+    epilogue = "bias" if residual is None else "add"
+    num_rows, (d, n) = x.size // x.shape[-1], kernel.shape
+    config = config or fitting_matmul(epilogue, padded(num_rows), n, d, x.dtype)
     assert config is not None, "a tile of 128 x 64 fits every width that is checked for"
-    statics = matmul_kernel.Statics("bias" if residual is None else "add", config, rows, interpret)
-    flat = None if residual is None else residual.reshape(rows, n)
-    out = _launch(statics, x.reshape(rows, d), kernel, bias, flat)
-    return out.reshape(*x.shape[:-1], n)
+    return Statics(epilogue, config, interpret), (x, kernel, bias, residual)
 
 
 # Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
 @functools.partial(jax.jit, static_argnums=0)
-def _launch(
-    statics: matmul_kernel.Statics, x: Array, kernel: Array, bias: Array, residual: Array | None
+def launch(
+    statics: Statics, x: Array, kernel: Array, bias: Array, residual: Array | None = None
 ) -> Array:
-    x, kernel, bias = _undifferentiable(x, kernel, bias)
-    num_rows = statics.num_rows
+    """Run the kernel on what `prepare` gives; the result is that of `projection`."""
+    x, kernel, bias, residual = undifferentiable("projection", (x, kernel, bias, residual))
+    (*lead, d), n = x.shape, kernel.shape[1]
+    num_rows = x.size // d
     padding = padded(num_rows) - num_rows
-    rows = None
+    flat, rows = x.reshape(num_rows, d), None
     if padding:
-        x = jnp.pad(x, ((0, padding), (0, 0)))
+        flat = jnp.pad(flat, ((0, padding), (0, 0)))
         rows = jnp.pad(jnp.arange(num_rows, dtype=jnp.int32), (0, padding), mode="edge")
-    if residual is None:
-        return matmul_kernel.launch(statics, x, kernel, bias)[:num_rows]
-    return matmul_kernel.launch(statics, x, kernel, bias, rows=rows, x=residual)
-
-
-# Around the arguments and not the launch: a reference cannot live in a function with its own rule.
-@jax.custom_jvp
-def _undifferentiable(x: Array, kernel: Array, bias: Array) -> tuple[Array, Array, Array]:
-    return x, kernel, bias
-
-
-_undifferentiable.defjvp(no_gradient("projection"))
+    kernel_statics, operands = matmul_kernel.prepare(
+        flat,
+        kernel,
+        bias,
+        None if residual is None else rows,
+        None if residual is None else residual.reshape(num_rows, n),
+        num_rows=num_rows,
+        **statics._asdict(),
+    )
+    out = matmul_kernel.launch(kernel_statics, *operands)
+    return out[:num_rows].reshape(*lead, n)

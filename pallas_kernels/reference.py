@@ -1,8 +1,9 @@
-"""The kernels' functions in plain jax.numpy: what runs on a CPU, a TPU or an older GPU.
+"""What the kernels compute in plain jax.numpy: what runs on a CPU, a TPU or an older GPU.
 
-Same arguments as the kernels, float32 softmax and accumulation, and differentiable. They are
-sparse programs and not only oracles: no product is computed for a key outside the layout, except
-the diagonal blocks that the bar already holds.
+Attention takes q, k and v apart and the query side of the position bias, which the public functions
+make of packed qkv and tables. Softmax and accumulation are float32, and all is differentiable. They
+are sparse programs and not only oracles: no product is computed for a key outside the layout,
+except the diagonal blocks that the bar already holds.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def stripe_attention(
     q: Float[Array, "B N H D"],
     k: Float[Array, "B N H D"],
     v: Float[Array, "B N H D"],
-    rel_h: Float[Array, "B N H Sh"],
-    rel_w: Float[Array, "B N H Sw"],
+    rel_h: Float[Array, "B N H Sh"] | None,
+    rel_w: Float[Array, "B N H Sw"] | None,
     key_rows: Int[Array | np.ndarray, "*batch N"],
     key_cols: Int[Array | np.ndarray, "*batch N"],
     *,
@@ -39,9 +40,19 @@ def stripe_attention(
 ) -> Float[Array, "B N H D"]:
     """Attention over the gathered bar, merged with attention over the diagonal blocks.
 
-    `pallas_kernels.stripe_attention.stripe_attention` documents the arguments.
+    Args:
+        q: Queries in the order of the sequence, like all that follows.
+        k: Keys.
+        v: Values.
+        rel_h: What every query adds for every key row of the map, see `relative_position`; None,
+            like rel_w, is attention without a position bias.
+        rel_w: The same for columns.
+        key_rows: Every key's row of the map.
+        key_cols: Every key's column.
+        layout: Which blocks are computed.
+        block_order: Rank -> key block of every image; None is the identity.
     """
-    q, k, v, rel_h, rel_w = (x.swapaxes(1, 2) for x in (q, k, v, rel_h, rel_w))
+    q, k, v, rel_h, rel_w = jax.tree.map(_swap, (q, k, v, rel_h, rel_w))
     rows, cols = _head_major(key_rows), _head_major(key_cols)
     parts = []
     if layout.num_bar_blocks:
@@ -58,8 +69,8 @@ def window_attention(
     q: Float[Array, "B Gh Gw H D"],
     k: Float[Array, "B Gh Gw H D"],
     v: Float[Array, "B Gh Gw H D"],
-    rel_h: Float[Array, "B Gh Gw H w"],
-    rel_w: Float[Array, "B Gh Gw H w"],
+    rel_h: Float[Array, "B Gh Gw H w"] | None,
+    rel_w: Float[Array, "B Gh Gw H w"] | None,
     *,
     window_size: int,
     layout: BlockLayout | None = None,
@@ -67,11 +78,20 @@ def window_attention(
 ) -> Float[Array, "B Gh Gw H D"]:
     """Attention inside windows, over all their keys or over the bar of their order.
 
-    `pallas_kernels.window_attention.window_attention` documents the arguments.
+    Args:
+        q: Queries of the map in raster order, like k, v, rel_h and rel_w.
+        k: Keys without the bias of their projection.
+        v: Values, likewise.
+        rel_h: What every query adds for every key row of its window, see `relative_position`; None,
+            like rel_w, is attention without a position bias.
+        rel_w: The same for columns.
+        window_size: Side w of a window.
+        layout: Which of a window's keys are computed; None is all.
+        order: Rank -> raster index in the window; needed with a sparse layout.
     """
     batch, height, width = q.shape[:3]
-    q, k, v, rel_h, rel_w = (
-        window_partition(x, window_size).swapaxes(1, 2) for x in (q, k, v, rel_h, rel_w)
+    q, k, v, rel_h, rel_w = jax.tree.map(
+        lambda x: _swap(window_partition(x, window_size)), (q, k, v, rel_h, rel_w)
     )  # [B W, H, w w, ...]
     rows, cols = _raster(window_size, window_size)
     if layout is not None and not layout.is_dense:
@@ -165,8 +185,8 @@ def _einsum(subscripts: str, x: Array, y: Array) -> Array:
     )
 
 
-def _partial(q: Array, k: Array, v: Array, bias: Array) -> _Partial:
-    """Attention of q [..., Q, D] to k, v [..., K, D] with bias [..., Q, K]."""
+def _partial(q: Array, k: Array, v: Array, bias: Array | float) -> _Partial:
+    """Attention of q [..., Q, D] to k, v [..., K, D] with bias [..., Q, K] or none, 0."""
     logits = _einsum("...qd,...kd->...qk", q, k) * q.shape[-1] ** -0.5 + bias
     maximum = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.exp(logits - maximum)
@@ -185,19 +205,30 @@ def _merge(parts: list[_Partial]) -> _Partial:
     return _Partial(out, maximum, first.total * scales[0] + second.total * scales[1])
 
 
+def _swap(x: Array) -> Array:
+    """Tokens and heads in each other's place."""
+    return x.swapaxes(1, 2)
+
+
 def _attend_bar(
-    q: Array, rel_h: Array, rel_w: Array, k: Array, v: Array, rows: Index, cols: Index
+    q: Array,
+    rel_h: Array | None,
+    rel_w: Array | None,
+    k: Array,
+    v: Array,
+    rows: Index,
+    cols: Index,
 ) -> _Partial:
     """All queries' attention to the bar's keys, a chunk of queries at a time."""
 
     @jax.checkpoint  # the logits of a chunk are computed again rather than kept for a gradient
-    def chunk(q: Array, rel_h: Array, rel_w: Array) -> _Partial:
+    def chunk(q: Array, rel_h: Array | None, rel_w: Array | None) -> _Partial:
         return _partial(q, k, v, _bias(rel_h, rel_w, rows, cols))
 
-    seq_len = q.shape[2]
+    queries = (q, rel_h, rel_w)
     parts = [
-        chunk(*(x[:, :, start : start + _QUERY_CHUNK] for x in (q, rel_h, rel_w)))
-        for start in range(0, seq_len, _QUERY_CHUNK)
+        chunk(*jax.tree.map(lambda x: x[:, :, start : start + _QUERY_CHUNK], queries))  # noqa: B023
+        for start in range(0, q.shape[2], _QUERY_CHUNK)
     ]
     return _Partial(*(jnp.concatenate(field, axis=2) for field in zip(*parts, strict=True)))
 
@@ -206,8 +237,8 @@ def _attend_diagonal(
     q: Array,
     k: Array,
     v: Array,
-    rel_h: Array,
-    rel_w: Array,
+    rel_h: Array | None,
+    rel_w: Array | None,
     rows: Index,
     cols: Index,
     layout: BlockLayout,
@@ -231,7 +262,7 @@ def _attend_diagonal(
         in_bar = rank[:, block] < layout.num_bar_blocks
     computed = ~in_bar & (np.arange(seq_len + padding) < seq_len)
     computed = computed.reshape(-1, 1, computed.shape[-1] // unit, 1, unit)
-    bias = _bias(units(rel_h), units(rel_w), units(rows), units(cols))
+    bias = _bias(*jax.tree.map(units, (rel_h, rel_w, rows, cols)))
     part = _partial(units(q), units(k), units(v), jnp.where(computed, bias, _MASKED))
     return _Partial(*(x.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, :seq_len] for x in part))
 
@@ -265,11 +296,13 @@ def _raster(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return rows, cols
 
 
-def _bias(rel_h: Array, rel_w: Array, rows: Index, cols: Index) -> Array:
-    """`rel_h[q, rows[k]] + rel_w[q, cols[k]]`, [..., Q, K], float32.
+def _bias(rel_h: Array | None, rel_w: Array | None, rows: Index, cols: Index) -> Array | float:
+    """`rel_h[q, rows[k]] + rel_w[q, cols[k]]`, [..., Q, K], float32, or 0 without these.
 
     `rel_h` [..., Q, Sh] and `rel_w` [..., Q, Sw]; `rows` and `cols` [..., K].
     """
+    if rel_h is None or rel_w is None:
+        return 0.0
     rel_h, rel_w = rel_h.astype(jnp.float32), rel_w.astype(jnp.float32)
     if isinstance(rows, np.ndarray) and isinstance(cols, np.ndarray):
         raster = _raster(rel_h.shape[-1], rel_w.shape[-1])

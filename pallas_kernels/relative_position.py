@@ -31,14 +31,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels import reference
-from pallas_kernels.boxes import SMEM_BYTES, as_box, buffer, map_boxes, split_head_dim
-from pallas_kernels.implementation import no_gradient
+from pallas_kernels import hopper, reference
+from pallas_kernels.boxes import (
+    as_box,
+    launch_over_map,
+    map_boxes,
+    spans_of,
+    split_head_dim,
+)
+from pallas_kernels.hopper import KERNEL_DTYPES, MULTIPROCESSORS
+from pallas_kernels.implementation import undifferentiable
 from pallas_kernels.tiles import BLOCK, CHUNK, chosen_images, div_rem
 
-NUM_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200 (SXM)
+NUM_PROGRAMS = 2 * MULTIPROCESSORS
 
 
 class Config(NamedTuple):
@@ -73,38 +81,80 @@ class Chunk(NamedTuple):
 class Statics(NamedTuple):
     """What a launch knows when it is traced; `interpret` as in `plgpu.kernel`."""
 
-    num_heads: int
     config: Config
+    num_heads: int
     num_images: int
     num_programs: int
     interpret: Any
 
+    @property
+    def num_items(self) -> int:
+        """Groups of heads of all images, of which a program takes one at a time."""
+        return self.num_images * self.num_heads // self.config.heads
 
-def fitting_config(heads: int, head_dim: int, num_keys: tuple[int, int]) -> Config | None:
+
+def scratch_types(
+    config: Config,
+    head_dim: int,
+    num_keys: tuple[int, int],
+    dtype: DTypeLike,
+    *,
+    interpret: Any = False,
+) -> dict[str, Any]:
+    """Shared memory and barriers of a program."""
+    side, width, num_chunks, num_stages = config
+    parts, total = split_head_dim(head_dim, dtype), sum(num_keys) // width
+    token_copies, table_copies = (side**2, side) if interpret else (1, 1)  # that a box takes
+    return dict(
+        q_smem=[hopper.buffer(dtype, num_stages, BLOCK, part) for part in parts],
+        tables_smem=[hopper.buffer(dtype, total, side * width, part) for part in parts],
+        out_smem=hopper.buffer(dtype, 2 * num_chunks, BLOCK, width),
+        q_full=plgpu.Barrier(num_barriers=num_stages, num_arrivals=len(parts) * token_copies),
+        tables_full=plgpu.Barrier(num_arrivals=total * len(parts) * table_copies),
+    )
+
+
+def fitting_config(
+    heads: int, head_dim: int, num_keys: tuple[int, int], dtype: DTypeLike = jnp.bfloat16
+) -> Config | None:
     """The best configuration for this many key rows and columns that fits in shared memory.
 
     Two programs share a multiprocessor if they can; it is None where not even one fits.
     """
     side = 8 if heads % 4 else 4
     # A product has up to 256 columns, which are 128 registers of every thread.
-    choices = itertools.product((SMEM_BYTES // 2, SMEM_BYTES), (256, 128), (4, 3, 2))
-    for smem_bytes, columns, num_stages in choices:
+    for programs, columns, num_stages in itertools.product((2, 1), (256, 128), (4, 3, 2)):
         width = math.gcd(columns // side, *num_keys)
         num_chunks = min(columns // side, sum(num_keys)) // width
-        tables = side * sum(num_keys) * head_dim
-        queries = BLOCK * (num_stages * head_dim + 2 * num_chunks * width)
-        if 2 * (tables + queries) <= smem_bytes:
-            return Config(side, width, num_chunks, num_stages)
+        config = Config(side, width, num_chunks, num_stages)
+        scratch = scratch_types(config, head_dim, num_keys, dtype)
+        if hopper.smem_bytes(scratch, reduces=False) <= hopper.smem_limit(programs):
+            return config
     return None
 
 
-def supports(shape: tuple[int, ...], num_keys: tuple[int, int], dtype: Any) -> bool:
+def supports(shape: tuple[int, ...], num_keys: tuple[int, int], dtype: DTypeLike) -> bool:
     """Whether the kernel takes a qkv of this shape and dtype and this many key rows and columns."""
     _, height, width, _, heads, head_dim = shape
-    config = fitting_config(heads, head_dim, num_keys)
-    whole_tiles = config is not None and height % config.side == 0 and width % config.side == 0
     whole_chunks = head_dim % 16 == 0 and head_dim <= 128 and all(n % CHUNK == 0 for n in num_keys)
-    return whole_tiles and whole_chunks and dtype in (jnp.bfloat16, jnp.float16)
+    if dtype not in KERNEL_DTYPES or not whole_chunks:
+        return False
+    config = fitting_config(heads, head_dim, num_keys, dtype)
+    return config is not None and height % config.side == 0 and width % config.side == 0
+
+
+def given_tables(rel_pos_h: Array | None, rel_pos_w: Array | None) -> tuple[Array, ...]:
+    """The tables of a position bias, or none where there is none.
+
+    Raises:
+        ValueError: One is given without the other.
+    """
+    tables = {"rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w}
+    given = tuple(x for x in tables.values() if x is not None)
+    if len(given) == 1:
+        missing, other = sorted(tables, key=lambda name: tables[name] is not None)
+        raise ValueError(f"{missing} must be given with {other} or both be None, got None")
+    return given
 
 
 def own_columns(product: Any, place: Any) -> Any:
@@ -120,15 +170,15 @@ def _kernel(
     first_gmem, qkv_gmem, tables_gmem, *out_gmem,
     q_smem, tables_smem, out_smem, q_full, tables_full, statics,
 ):  # fmt: skip
-    num_heads, config, num_images, _, interpret = statics
+    config, num_heads, interpret = statics.config, statics.num_heads, statics.interpret
     first_image = 0 if first_gmem is None else first_gmem[0]
-    side, width, num_chunks, num_stages = config
+    side, width = config.side, config.width
+    num_chunks, num_stages = config.num_chunks, config.num_stages
     head_dim = qkv_gmem.shape[-1]
-    parts = split_head_dim(head_dim)
-    spans = [pl.ds(sum(parts[:p]), part) for p, part in enumerate(parts)]
+    spans = spans_of(split_head_dim(head_dim, qkv_gmem.dtype))
     tile = (lax.axis_index("row") * side, lax.axis_index("col") * side)
     split, num_splits = lax.axis_index("split"), lax.axis_size("split")
-    steps = lax.div(num_images * num_heads // config.heads - 1 - split, num_splits) + 1
+    steps = lax.div(statics.num_items - 1 - split, num_splits) + 1
     firsts = [(axis, i) for axis in range(2) for i in range(0, tables_gmem[axis].shape[2], width)]
     chunks = [Chunk(number, *first) for number, first in enumerate(firsts)]
     turns = [chunks[i : i + num_chunks] for i in range(0, len(chunks), num_chunks)]
@@ -164,7 +214,7 @@ def _kernel(
                     plgpu.wgmma(acc_ref, q.at[slot], tables.at[chunk.number].transpose((1, 0)))
             return [acc_ref[...] for acc_ref in acc_refs]
 
-        acc = plgpu.WGMMAAccumulatorRef((BLOCK, side * width), jnp.float32)
+        acc = hopper.accumulator(qkv_gmem.dtype, BLOCK, side * width)
         return pl.run_scoped(products, *[acc] * len(turn))
 
     for number, axis, first in chunks:
@@ -200,11 +250,31 @@ def _kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _launch(
+def prepare(
+    qkv: Float[Array, "B Gh Gw 3 H D"],
+    rel_pos_h: Float[Array, "Gh Sh D"],
+    rel_pos_w: Float[Array, "Gw Sw D"],
+    images: range | None = None,
+    *,
+    num_programs: int = NUM_PROGRAMS,
+    interpret: Any = False,
+) -> tuple[Statics, tuple[Any, Array, tuple[Array, Array]]]:
+    """What `launch` takes, for arguments of `relative_position` that the kernel `supports`."""
+    batch, height, width, _, heads, head_dim = qkv.shape
+    config = fitting_config(heads, head_dim, (rel_pos_h.shape[1], rel_pos_w.shape[1]), qkv.dtype)
+    assert config is not None, "supports checks that a configuration fits"
+    flat = qkv.reshape(batch, height, width, 3 * heads, head_dim)
+    images, first = chosen_images(images, batch)
+    statics = Statics(config, heads, len(images), num_programs, interpret)
+    return statics, (first, flat, (rel_pos_h[None], rel_pos_w[None]))
+
+
+# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
+@functools.partial(jax.jit, static_argnums=0)
+def launch(
     statics: Statics, first: Array | None, qkv: Array, tables: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    """Run the kernel.
+    """Run the kernel on what `prepare` gives.
 
     Args:
         statics: What is known when the launch is traced.
@@ -215,43 +285,28 @@ def _launch(
     Returns:
         rel_h and rel_w of the launch's images, [images, Gh, Gw, H, Sh] and [images, Gh, Gw, H, Sw].
     """
-    num_heads, config, num_images, num_programs, interpret = statics
-    side, width, num_chunks, num_stages = config
-    _, height, map_width, _, head_dim = qkv.shape
-    parts, grid = split_head_dim(head_dim), (height // side, map_width // side)
-    items = num_images * num_heads // config.heads
-    num_splits = min(items, max(num_programs // (grid[0] * grid[1]), 1))
-    total = sum(table.shape[2] for table in tables) // width
-    token_copies, table_copies = (side**2, side) if interpret else (1, 1)  # that a box takes
-    shape = (num_images, height, map_width, num_heads)
-    kernel = plgpu.kernel(
+    qkv, tables = undifferentiable("attention", (qkv, tables))
+    side, interpret = statics.config.side, statics.interpret
+    _, height, width, _, head_dim = qkv.shape
+    by_row, by_col = tables
+    num_keys, shape = (by_row.shape[2], by_col.shape[2]), (statics.num_images, height, width)
+    return launch_over_map(
         functools.partial(_kernel, statics=statics),
+        (first, qkv, tables),
+        tiles=(height // side, width // side),
+        num_items=statics.num_items,
+        num_programs=statics.num_programs,
+        name="relative_position",
+        interpret=interpret,
         out_type=tuple(
-            jax.ShapeDtypeStruct((*shape, table.shape[2]), qkv.dtype) for table in tables
+            jax.ShapeDtypeStruct((*shape, statics.num_heads, keys), qkv.dtype) for keys in num_keys
         ),
-        scratch_types=dict(
-            q_smem=[buffer(qkv.dtype, num_stages, BLOCK, part) for part in parts],
-            tables_smem=[buffer(qkv.dtype, total, side * width, part) for part in parts],
-            out_smem=buffer(qkv.dtype, 2 * num_chunks, BLOCK, width),
-            q_full=plgpu.Barrier(num_barriers=num_stages, num_arrivals=len(parts) * token_copies),
-            tables_full=plgpu.Barrier(num_arrivals=total * len(parts) * table_copies),
+        scratch_types=scratch_types(
+            statics.config, head_dim, num_keys, qkv.dtype, interpret=interpret
         ),
-        grid=(*grid, num_splits),
-        grid_names=("row", "col", "split"),
         num_threads=1,
         thread_name="warpgroup",
-        kernel_name="relative_position",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel(first, qkv, tables)
-
-
-_launch.defjvp(no_gradient("attention"))
-
-
-# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
-launch = jax.jit(_launch, static_argnums=0)
 
 
 def xla_relative_position(
@@ -293,13 +348,9 @@ def relative_position(
     Returns:
         rel_h and rel_w, accumulated and scaled in float32 and rounded once to qkv's dtype.
     """
-    batch, height, width, _, heads, head_dim = qkv.shape
     num_keys = rel_pos_h.shape[1], rel_pos_w.shape[1]
     if not supports(qkv.shape, num_keys, qkv.dtype):
         return xla_relative_position(qkv, rel_pos_h, rel_pos_w, images)
-    config = fitting_config(heads, head_dim, num_keys)
-    assert config is not None, "supports checks that a configuration fits"
-    flat = qkv.reshape(batch, height, width, 3 * heads, head_dim)
-    images, first = chosen_images(images, batch)
-    statics = Statics(heads, config, len(images), num_programs, interpret)
-    return launch(statics, first, flat, (rel_pos_h[None], rel_pos_w[None]))
+    options = dict(num_programs=num_programs, interpret=interpret)
+    statics, operands = prepare(qkv, rel_pos_h, rel_pos_w, images, **options)
+    return launch(statics, *operands)

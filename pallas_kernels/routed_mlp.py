@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference
-from pallas_kernels.gather_norm_kernel import BLOCK_ROWS
-from pallas_kernels.implementation import KERNEL_DTYPES, Implementation, no_gradient, resolve
+from pallas_kernels.choices import Implementation
+from pallas_kernels.hopper import KERNEL_DTYPES, VECTOR_DTYPES, dtype_problems
+from pallas_kernels.implementation import resolve, undifferentiable
 from pallas_kernels.matmul_kernel import Config
 from pallas_kernels.mlp_weights import MLPWeights
-from pallas_kernels.tuning import fitting_matmul, padded, tuned
+from pallas_kernels.tuning import fitting_matmul, padded
 
 
 class Statics(NamedTuple):
@@ -52,20 +53,18 @@ def _check(x: Array, weights: MLPWeights) -> None:
 
 def _problems(x: Array, weights: MLPWeights) -> list[str]:
     """What keeps the kernels from running a call, each as one clause."""
-    problems = []
     kernel1, kernel2 = weights.kernel1, weights.kernel2
-    if x.dtype not in KERNEL_DTYPES:
-        problems.append(f"x must be bfloat16 or float16, got {x.dtype}")
+    problems = dtype_problems(KERNEL_DTYPES, x=x.dtype)
     if kernel1.dtype not in KERNEL_DTYPES or kernel1.dtype != kernel2.dtype:
         dtypes = f"{kernel1.dtype} and {kernel2.dtype}"
         problems.append(f"kernel1 and kernel2 must be both bfloat16 or both float16, got {dtypes}")
-    for name in ("norm_scale", "norm_bias", "bias1", "bias2"):
-        array = getattr(weights, name)
-        if array.dtype not in (*KERNEL_DTYPES, jnp.float32):
-            problems.append(f"{name} must be float32, bfloat16 or float16, got {array.dtype}")
+    vectors = ("norm_scale", "norm_bias", "bias1", "bias2")
+    vector_dtypes = {name: getattr(weights, name).dtype for name in vectors}
+    problems += dtype_problems(VECTOR_DTYPES, **vector_dtypes)
+    widest = {"d": gather_norm_kernel.widest(), "h": 8192}
     for name, width in (("d", x.shape[2]), ("h", kernel1.shape[1])):
-        if width % 64 or not 64 <= width <= 8192:
-            problems.append(f"{name} must be a multiple of 64 up to 8192, got {width}")
+        if width % 64 or not 64 <= width <= widest[name]:
+            problems.append(f"{name} must be a multiple of 64 up to {widest[name]}, got {width}")
     return problems
 
 
@@ -110,9 +109,10 @@ def routed_mlp(
         got = f"{token_index.dtype} {token_index.shape}"
         raise ValueError(f"token_index must be int32, at most {num_tokens} an image, got {got}")
     problems = [] if implementation == "xla" else _problems(x, weights)
-    chosen = resolve(implementation, function="routed_mlp", problems=problems)
-    program = mosaic_routed_mlp if chosen == "mosaic_gpu" else mlp_reference.routed_mlp
-    return program(x, token_index, weights, epsilon=epsilon)
+    if resolve(implementation, function="routed_mlp", problems=problems) == "xla":
+        return mlp_reference.routed_mlp(x, token_index, weights, epsilon=epsilon)
+    statics, operands = prepare(x, token_index, weights, epsilon=epsilon)
+    return launch(statics, *operands)
 
 
 def mlp(
@@ -142,84 +142,95 @@ def mlp(
     """
     _check(x, weights)
     problems = [] if implementation == "xla" else _problems(x, weights)
-    chosen = resolve(implementation, function="mlp", problems=problems)
-    program = mosaic_mlp if chosen == "mosaic_gpu" else mlp_reference.mlp
-    return program(x, weights, epsilon=epsilon)
+    if resolve(implementation, function="mlp", problems=problems) == "xla":
+        return mlp_reference.mlp(x, weights, epsilon=epsilon)
+    statics, operands = prepare(x, None, weights, epsilon=epsilon)
+    return launch(statics, *operands)
 
 
-def mosaic_routed_mlp(
+def prepare(
     x: Array,
-    token_index: Array,
+    token_index: Array | None,
     weights: MLPWeights,
     *,
     epsilon: float = 1e-6,
     configs: tuple[Config, Config] | None = None,
     interpret: Any = False,
-) -> Array:
-    """The kernels on checked arguments; `configs` and `interpret` are for tests and tuning."""
+) -> tuple[Statics, tuple[Array, Array | None, MLPWeights]]:
+    """What `launch` takes, for checked arguments of `routed_mlp` or `mlp`.
+
+    Args:
+        x: The residual stream [B, N, d].
+        token_index: The routed tokens of every image, int32 [B, M]; None is all tokens.
+        weights: The block's arrays.
+        epsilon: Added to the variance.
+        configs: Tilings of the two products; None is the tuned ones.
+        interpret: For tests: parameters of Mosaic GPU's interpret mode.
+
+    Returns:
+        Statics and operands, the tokens as rows of all images.
+    """
     batch, num_tokens, d = x.shape
-    rows = (token_index + jnp.arange(batch, dtype=jnp.int32)[:, None] * num_tokens).reshape(-1)
-    statics = _statics(padded(len(rows)), weights, epsilon, configs, interpret)
-    return _launch(statics, x.reshape(-1, d), rows, weights).reshape(x.shape)
-
-
-def mosaic_mlp(
-    x: Array,
-    weights: MLPWeights,
-    *,
-    epsilon: float = 1e-6,
-    configs: tuple[Config, Config] | None = None,
-    interpret: Any = False,
-) -> Array:
-    """The kernels on checked arguments; `configs` and `interpret` are for tests and tuning."""
-    d = x.shape[2]
-    num_rows = x.size // d
-    whole = num_rows == padded(num_rows)
-    rows = None if whole else jnp.arange(num_rows, dtype=jnp.int32)
-    statics = _statics(padded(num_rows), weights, epsilon, configs, interpret)
-    return _launch(statics, x.reshape(-1, d), rows, weights).reshape(x.shape)
-
-
-def _statics(
-    num_rows: int,
-    weights: MLPWeights,
-    epsilon: float,
-    configs: tuple[Config, Config] | None,
-    interpret: Any,
-) -> Statics:
-    d, h = weights.kernel1.shape
+    h = weights.kernel1.shape[1]
+    if token_index is not None:
+        first_rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_tokens
+        rows = (token_index + first_rows).reshape(-1)
+    elif (num_rows := batch * num_tokens) != padded(num_rows):
+        rows = jnp.arange(num_rows, dtype=jnp.int32)
+    else:
+        rows = None
+    m, dtype = padded(batch * num_tokens if rows is None else len(rows)), weights.kernel1.dtype
     config1, config2 = configs or (
-        fitting_matmul(tuned().to_output, num_rows, h, d),
-        fitting_matmul(tuned().to_residual, num_rows, d, h),
+        fitting_matmul("gelu", m, h, d, dtype),
+        fitting_matmul("add", m, d, h, dtype),
     )
     assert config1 and config2, "a tile of 128 x 64 fits every width that is checked for"
-    return Statics(epsilon, config1, config2, interpret)
+    return Statics(epsilon, config1, config2, interpret), (x, rows, weights)
 
 
 # Jitted, so that an encoder traces and lowers the kernels once and not once a layer.
 @functools.partial(jax.jit, static_argnums=0)
-def _launch(statics: Statics, x: Array, rows: Array | None, weights: MLPWeights) -> Array:
-    """The three kernels on rows of x [any, d]: those that `rows` names, or all."""
-    epsilon, config1, config2, interpret = statics
-    x, weights = _undifferentiable(x, weights)
-    num_rows = x.shape[0] if rows is None else len(rows)
+def launch(statics: Statics, x: Array, rows: Array | None, weights: MLPWeights) -> Array:
+    """Run the three kernels on what `prepare` gives; the result is that of the public function.
+
+    Args:
+        statics: What is known when the launch is traced.
+        x: The residual stream [B, N, d].
+        rows: Rows of x as [B N, d] that are routed, int32 [M]; None is all, a multiple of
+            `tuning.ROW_MULTIPLE`.
+        weights: The block's arrays.
+    """
+    x, weights = undifferentiable("routed_mlp", (x, weights))
+    flat = x.reshape(-1, x.shape[2])
+    num_rows = len(flat) if rows is None else len(rows)
     if rows is not None:
         # Padding repeats the last row: it may be read again, and is not written.
         rows = jnp.pad(rows, (0, padded(num_rows) - num_rows), mode="edge")
-    norm_scale, norm_bias, kernel1, bias1, kernel2, bias2 = weights
-    dtype = kernel1.dtype
-    norm_statics = gather_norm_kernel.Statics(dtype, epsilon, BLOCK_ROWS, num_rows, interpret)
-    normed = gather_norm_kernel.launch(norm_statics, x, norm_scale, norm_bias, rows=rows)
-    gelu = matmul_kernel.Statics("gelu", config1, num_rows, interpret)
-    hidden = matmul_kernel.launch(gelu, normed, kernel1, bias1)
-    add = matmul_kernel.Statics("add", config2, num_rows, interpret)
-    return matmul_kernel.launch(add, hidden, kernel2, bias2, rows=rows, x=x)
+    options: dict[str, Any] = dict(num_rows=num_rows, interpret=statics.interpret)
+    norm_statics, operands = gather_norm_kernel.prepare(
+        flat,
+        weights.norm_scale,
+        weights.norm_bias,
+        rows,
+        dtype=weights.kernel1.dtype,
+        epsilon=statics.epsilon,
+        **options,
+    )
+    normed = gather_norm_kernel.launch(norm_statics, *operands)
 
+    gelu_statics, operands = matmul_kernel.prepare(
+        normed, weights.kernel1, weights.bias1, epilogue="gelu", config=statics.config1, **options
+    )
+    hidden = matmul_kernel.launch(gelu_statics, *operands)
 
-# Around the arguments and not the launch: a reference cannot live in a function with its own rule.
-@jax.custom_jvp
-def _undifferentiable(x: Array, weights: MLPWeights) -> tuple[Array, MLPWeights]:
-    return x, weights
-
-
-_undifferentiable.defjvp(no_gradient("routed_mlp"))
+    add_statics, operands = matmul_kernel.prepare(
+        hidden,
+        weights.kernel2,
+        weights.bias2,
+        rows,
+        flat,
+        epilogue="add",
+        config=statics.config2,
+        **options,
+    )
+    return matmul_kernel.launch(add_statics, *operands).reshape(x.shape)

@@ -22,16 +22,24 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.boxes import SMEM_BYTES, as_box, buffer, map_boxes, split_head_dim
-from pallas_kernels.implementation import no_gradient
+from pallas_kernels import hopper
+from pallas_kernels.boxes import (
+    as_box,
+    launch_over_map,
+    map_boxes,
+    spans_of,
+    split_head_dim,
+)
+from pallas_kernels.hopper import MULTIPROCESSORS
+from pallas_kernels.implementation import undifferentiable
 from pallas_kernels.relative_position import own_columns
 from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling, chosen_images, div_rem
 
 WARPGROUPS = 2
 NUM_STAGES = 2  # tiles of q in shared memory at a time, for each warpgroup
-NUM_PROGRAMS = 132  # one for each multiprocessor of an H100 or H200 (SXM)
 
 
 class Statics(NamedTuple):
@@ -43,29 +51,55 @@ class Statics(NamedTuple):
     num_programs: int
     interpret: Any
 
+    @property
+    def num_items(self) -> int:
+        """Heads of all images, of which a warpgroup takes one at a time."""
+        return self.num_images * self.num_heads
 
-def supports_tiles(grid: tuple[int, int], head_dim: int) -> bool:
+
+def scratch_types(
+    head_dim: int,
+    num_keys: tuple[int, int],
+    dtype: DTypeLike,
+    *,
+    interpret: Any = False,
+) -> dict[str, Any]:
+    """Shared memory and barriers of a program."""
+    parts, copies = split_head_dim(head_dim, dtype), SIDE if interpret else 1  # that a box takes
+    key_rows, key_chunks = num_keys[0], num_keys[1] // CHUNK
+    num_tiles = WARPGROUPS * NUM_STAGES
+    return dict(
+        q_smem=[hopper.buffer(dtype, num_tiles, BLOCK, part) for part in parts],
+        by_row_smem=[hopper.buffer(dtype, SIDE, key_rows, part) for part in parts],
+        by_col_smem=[hopper.buffer(dtype, key_chunks, SIDE * CHUNK, part) for part in parts],
+        out_smem=hopper.buffer(dtype, WARPGROUPS, key_chunks * BLOCK, CHUNK),
+        q_full=plgpu.Barrier(num_barriers=num_tiles, num_arrivals=len(parts) * copies),
+        tables_full=plgpu.Barrier(num_arrivals=len(parts) * (SIDE + key_chunks * copies)),
+    )
+
+
+def supports_tiles(grid: tuple[int, int], head_dim: int, dtype: DTypeLike = jnp.bfloat16) -> bool:
     """Whether the kernel takes a map of this grid: 64 key rows, which is a product's height."""
-    height, width = grid[0], -(-grid[1] // CHUNK) * CHUNK
-    tables = SIDE * (height + width) * head_dim
-    tokens = WARPGROUPS * BLOCK * (NUM_STAGES * head_dim + width)
-    return height == BLOCK and 2 * (tables + tokens) <= SMEM_BYTES
+    num_keys = grid[0], -(-grid[1] // CHUNK) * CHUNK
+    if num_keys[0] != hopper.WGMMA_ROWS:
+        return False
+    scratch = scratch_types(head_dim, num_keys, dtype)
+    return hopper.smem_bytes(scratch, reduces=False) <= hopper.smem_limit()
 
 
 def _kernel(
     first_gmem, qkv_gmem, tables_gmem, rel_h_gmem, rel_w_gmem,
     q_smem, by_row_smem, by_col_smem, out_smem, q_full, tables_full, statics,
 ):  # fmt: skip
-    tiling, num_heads, num_images, _, interpret = statics
+    tiling, num_heads, interpret = statics.tiling, statics.num_heads, statics.interpret
     first_image = 0 if first_gmem is None else first_gmem[0]
     head_dim = qkv_gmem.shape[-1]
-    chunks = split_head_dim(head_dim)
-    spans = [pl.ds(sum(chunks[:c]), chunk) for c, chunk in enumerate(chunks)]
+    spans = spans_of(split_head_dim(head_dim, qkv_gmem.dtype))
     key_rows, key_chunks = tables_gmem[0].shape[2], by_col_smem[0].shape[0]
     place, wg = (lax.axis_index("row"), lax.axis_index("col")), lax.axis_index("wg")
     tile = place[0] * lax.axis_size("col") + place[1]
     first, workers = lax.axis_index("split") * WARPGROUPS + wg, lax.axis_size("split") * WARPGROUPS
-    steps = lax.div(num_images * num_heads - 1 - first + workers, workers)
+    steps = lax.div(statics.num_items - 1 - first + workers, workers)
 
     def slot_of(step: Any) -> Any:
         return wg * NUM_STAGES + lax.rem(step, NUM_STAGES)
@@ -110,7 +144,7 @@ def _kernel(
                     plgpu.wgmma(acc_ref, table.at[y], tokens.transpose((1, 0)))
             return jnp.concatenate([acc_ref[...] for acc_ref in acc_refs], axis=1)
 
-        accs = [plgpu.WGMMAAccumulatorRef((key_rows, SIDE), jnp.float32)] * SIDE
+        accs = [hopper.accumulator(qkv_gmem.dtype, key_rows, SIDE)] * SIDE
         return pl.run_scoped(products, *accs)
 
     def multiply_columns(slot: Any, c: int) -> Any:
@@ -121,7 +155,7 @@ def _kernel(
                 plgpu.wgmma(acc_ref, q.at[slot], table.at[c].transpose((1, 0)))
             return acc_ref[...]
 
-        acc = plgpu.WGMMAAccumulatorRef((BLOCK, SIDE * CHUNK), jnp.float32)
+        acc = hopper.accumulator(qkv_gmem.dtype, BLOCK, SIDE * CHUNK)
         return pl.run_scoped(products, acc)
 
     pl.when(wg == 0)(load_tables)
@@ -148,11 +182,31 @@ def _kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _launch(
+def prepare(
+    qkv: Float[Array, "B Gh Gw 3 H D"],
+    rel_pos_h: Float[Array, "Gh Sh D"],
+    rel_pos_w: Float[Array, "Gw Sw D"],
+    *,
+    tiling: Tiling,
+    images: range | None = None,
+    num_programs: int = MULTIPROCESSORS,
+    interpret: Any = False,
+) -> tuple[Statics, tuple[Any, Array, tuple[Array, Array]]]:
+    """What `launch` takes, for arguments of `tile_position` that `supports_tiles` takes."""
+    batch, height, width, _, heads, head_dim = qkv.shape
+    by_row, by_col = rel_pos_h[tiling.by_parity(height)], rel_pos_w[tiling.by_parity(width)]
+    view = tiling.view(qkv.reshape(batch, height, width, 3 * heads, head_dim))
+    images, first = chosen_images(images, batch)
+    statics = Statics(tiling, heads, len(images), num_programs, interpret)
+    return statics, (first, view, (by_row[None], by_col[None]))
+
+
+# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
+@functools.partial(jax.jit, static_argnums=0)
+def launch(
     statics: Statics, first: Array | None, qkv: Array, tables: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    """Run the kernel.
+    """Run the kernel on what `prepare` gives.
 
     Args:
         statics: What is known when the launch is traced.
@@ -162,69 +216,82 @@ def _launch(
             [1, Gw, key columns, D]: maps to copy boxes of.
 
     Returns:
-        rel_h [images H tiles, key rows, 64] and rel_w [images H tiles, key columns / 16 * 64, 16].
+        rel_h [images H tiles, key rows, 64], float32, and rel_w [images H tiles, key columns / 16,
+        64, 16], rounded once to qkv's dtype.
     """
-    tiling, num_heads, num_images, num_programs, interpret = statics
-    head_dim, (by_row, by_col) = qkv.shape[-1], tables
-    chunks, copies = split_head_dim(head_dim), SIDE if interpret else 1  # that a box takes
+    qkv, tables = undifferentiable("stripe_attention", (qkv, tables))
+    tiling, interpret = statics.tiling, statics.interpret
+    by_row, by_col = tables
     key_rows, key_chunks = by_row.shape[2], by_col.shape[2] // CHUNK
-    grid = (tiling.rows * tiling.stride // SIDE, tiling.cols * tiling.stride // SIDE)
-    items = num_images * num_heads
-    num_splits = max(min(-(-items // WARPGROUPS), num_programs // tiling.num_tiles), 1)
-    tiles = items * tiling.num_tiles
-    kernel = plgpu.kernel(
+    num_tiles = statics.num_items * tiling.num_tiles
+    rel_h, rel_w = launch_over_map(
         functools.partial(_kernel, statics=statics),
+        (first, qkv, tables),
+        tiles=(tiling.rows * tiling.stride // SIDE, tiling.cols * tiling.stride // SIDE),
+        num_items=-(-statics.num_items // WARPGROUPS),
+        num_programs=statics.num_programs,
+        name="tile_position",
+        interpret=interpret,
         out_type=(
-            jax.ShapeDtypeStruct((tiles, key_rows, BLOCK), jnp.float32),
-            jax.ShapeDtypeStruct((tiles, key_chunks * BLOCK, CHUNK), qkv.dtype),
+            jax.ShapeDtypeStruct((num_tiles, key_rows, BLOCK), jnp.float32),
+            jax.ShapeDtypeStruct((num_tiles, key_chunks * BLOCK, CHUNK), qkv.dtype),
         ),
-        scratch_types=dict(
-            q_smem=[buffer(qkv.dtype, WARPGROUPS * NUM_STAGES, BLOCK, chunk) for chunk in chunks],
-            by_row_smem=[buffer(qkv.dtype, SIDE, key_rows, chunk) for chunk in chunks],
-            by_col_smem=[buffer(qkv.dtype, key_chunks, SIDE * CHUNK, chunk) for chunk in chunks],
-            out_smem=buffer(qkv.dtype, WARPGROUPS, key_chunks * BLOCK, CHUNK),
-            q_full=plgpu.Barrier(
-                num_barriers=WARPGROUPS * NUM_STAGES, num_arrivals=len(chunks) * copies
-            ),
-            tables_full=plgpu.Barrier(num_arrivals=len(chunks) * (SIDE + key_chunks * copies)),
+        scratch_types=scratch_types(
+            qkv.shape[-1], (key_rows, by_col.shape[2]), qkv.dtype, interpret=interpret
         ),
-        grid=(*grid, num_splits),
-        grid_names=("row", "col", "split"),
         num_threads=WARPGROUPS,
         thread_name="wg",
-        kernel_name="tile_position",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return kernel(first, qkv, tables)
+    return rel_h, rel_w.reshape(num_tiles, key_chunks, BLOCK, CHUNK)
 
 
-_launch.defjvp(no_gradient("stripe_attention"))
-
-
-# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
-launch = jax.jit(_launch, static_argnums=0)
-
-
-def tile_position(
-    qkv: Float[Array, "Brows stride cols strideH D"],
+def xla_tile_position(
+    qkv: Float[Array, "B Gh Gw 3 H D"],
     rel_pos_h: Float[Array, "Gh Sh D"],
     rel_pos_w: Float[Array, "Gw Sw D"],
     *,
     tiling: Tiling,
-    num_heads: int,
     images: range | None = None,
-    num_programs: int = NUM_PROGRAMS,
+) -> tuple[Float[Array, "tiles Sh 64"], Float[Array, "tiles chunks 64 16"]]:
+    """What `tile_position` computes, as plain XLA and for any grid."""
+    batch, height, _, _, heads, head_dim = qkv.shape
+    images = images or range(batch)
+    stride, tile_rows, tile_cols = tiling.stride, tiling.rows // SIDE, tiling.cols // SIDE
+    q = qkv[images.start : images.stop, :, :, 0]
+    q = q.reshape(len(q), tile_rows, SIDE, stride, tile_cols, SIDE, stride, heads, head_dim)
+    by_row = rel_pos_h.reshape(tile_rows, SIDE, stride, height, head_dim)
+    by_col = rel_pos_w.reshape(tile_cols, SIDE, stride, -1, CHUNK, head_dim)
+    # r, c: tile; p, w: parity of its rows and columns; y, x: token in it; i: key row; k, j: chunk
+    # of key columns and column in it.
+    options = {"preferred_element_type": jnp.float32}
+    rel_h = jnp.einsum("brypcxwhd,rypid->bhprwciyx", q, by_row, **options)
+    rel_w = jnp.einsum("brypcxwhd,cxwkjd->bhprwckyxj", q, by_col, **options)
+    root = math.sqrt(head_dim)  # in the units of q . k, which the softmax scales
+    rel_h = (rel_h * root).reshape(-1, height, BLOCK)
+    rel_w = (rel_w * root).astype(qkv.dtype).reshape(-1, by_col.shape[3], BLOCK, CHUNK)
+    return rel_h, rel_w
+
+
+def tile_position(
+    qkv: Float[Array, "B Gh Gw 3 H D"],
+    rel_pos_h: Float[Array, "Gh Sh D"],
+    rel_pos_w: Float[Array, "Gw Sw D"],
+    *,
+    tiling: Tiling,
+    images: range | None = None,
+    num_programs: int = MULTIPROCESSORS,
     interpret: Any = False,
 ) -> tuple[Float[Array, "tiles Sh 64"], Float[Array, "tiles chunks 64 16"]]:
-    """The position bias of every tile, for what `supports_tiles` takes.
+    """The position bias of every tile, as a kernel.
+
+    Where `supports_tiles` says that the kernel does not fit, XLA runs it.
 
     Args:
-        qkv: Queries, keys and values as the tiling views them; only the queries are read.
-        rel_pos_h: What every row adds for every key row, both sorted by parity, dtype of qkv.
+        qkv: Queries, keys and values in raster order; only the queries are read.
+        rel_pos_h: What every row of the map adds for every key row, dtype of qkv. Key rows are
+            sorted by parity (`Tiling.by_parity`).
         rel_pos_w: The same for columns, the key columns padded to whole chunks of 16.
         tiling: Which tokens make a tile.
-        num_heads: Heads H.
         images: Those of the batch whose bias is asked for; None is all.
         num_programs: Programs at most, or one for each tile of the map where there are more tiles.
         interpret: For tests: parameters of Mosaic GPU's interpret mode.
@@ -232,7 +299,9 @@ def tile_position(
     Returns:
         rel_h, float32, and rel_w, rounded once to qkv's dtype.
     """
-    images, first = chosen_images(images, len(qkv) // tiling.rows)
-    statics = Statics(tiling, num_heads, len(images), num_programs, interpret)
-    rel_h, rel_w = launch(statics, first, qkv, (rel_pos_h[None], rel_pos_w[None]))
-    return rel_h, rel_w.reshape(len(rel_w), -1, BLOCK, CHUNK)
+    _, height, width, _, _, head_dim = qkv.shape
+    if not supports_tiles((height, width), head_dim, qkv.dtype):
+        return xla_tile_position(qkv, rel_pos_h, rel_pos_w, tiling=tiling, images=images)
+    options = dict(num_programs=num_programs, interpret=interpret)
+    statics, operands = prepare(qkv, rel_pos_h, rel_pos_w, tiling=tiling, images=images, **options)
+    return launch(statics, *operands)

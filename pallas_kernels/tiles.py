@@ -120,22 +120,3 @@ def find_tiling(
         if tiles is not None:
             return tiling, tiles
     return None
-
-
-def step_table(
-    tile_of_block: np.ndarray, layout: BlockLayout, block_order: Array | None, block_kv: int
-) -> Int[Array, "tables columns"]:
-    """What the kernel looks up: the bar's tiles, every block's own tile, and who is in the bar.
-
-    The bar is padded to whole steps by its last tile. With a `block_order` [B, blocks], rank ->
-    block, the bar differs by image.
-    """
-    num_bar = layout.num_bar_blocks
-    blocks = np.arange(len(tile_of_block), dtype=np.int32)
-    order = jnp.asarray(blocks[None] if block_order is None else block_order, jnp.int32)
-    rank = blocks[None] if block_order is None else jnp.argsort(block_order, axis=-1)
-    padding = -num_bar % (block_kv // BLOCK)
-    bar = jnp.pad(jnp.asarray(tile_of_block)[order[:, :num_bar]], ((0, 0), (0, padding)), "edge")
-    own = jnp.broadcast_to(tile_of_block, (len(order), len(tile_of_block)))
-    in_bar = jnp.asarray(rank < num_bar, jnp.int32)
-    return jnp.concatenate([bar, own, in_bar], axis=-1)

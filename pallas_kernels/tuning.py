@@ -10,8 +10,10 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from pallas_kernels import matmul_kernel, stripe_kernel, window_kernel
+from pallas_kernels import matmul_kernel, stripe_schedule, window_kernel
 
 ROW_MULTIPLE = 256  # rows of a product's operand are padded to this: every tile's rows divide it
 
@@ -29,8 +31,8 @@ class Tuning(NamedTuple):
         to_residual: Products with bias, residual and perhaps scatter, by their rows.
     """
 
-    tiles: tuple[stripe_kernel.Config, ...]
-    sequences: tuple[stripe_kernel.Config, ...]
+    tiles: tuple[stripe_schedule.Config, ...]
+    sequences: tuple[stripe_schedule.Config, ...]
     windows: tuple[window_kernel.Config, ...]
     to_output: Matmuls
     to_residual: Matmuls
@@ -44,16 +46,16 @@ H200 = Tuning(
     # `python -m benchmarks.stripe_attention`, TFLOP/s of the kernel alone, B8 N4096 H16: D 64 dense
     # and at density 0.3, or as said.
     tiles=(
-        stripe_kernel.Config(num_warpgroups=3, block_kv=128, num_stages=3),  # 414, 348
+        stripe_schedule.Config(num_warpgroups=3, block_kv=128, num_stages=3),  # 414, 348
         # With one stage more 359, 303; D 80 dense: 393.
-        stripe_kernel.Config(num_warpgroups=2, block_kv=128, num_stages=2),
-        stripe_kernel.Config(num_warpgroups=2, block_kv=64, num_stages=2),
+        stripe_schedule.Config(num_warpgroups=2, block_kv=128, num_stages=2),
+        stripe_schedule.Config(num_warpgroups=2, block_kv=64, num_stages=2),
     ),
     # Ranked groups, density 0.3.
     sequences=(
-        stripe_kernel.Config(num_warpgroups=3, block_kv=64, num_stages=3),  # 237
-        stripe_kernel.Config(num_warpgroups=2, block_kv=64, num_stages=3),  # 185
-        stripe_kernel.Config(num_warpgroups=2, block_kv=64, num_stages=2),
+        stripe_schedule.Config(num_warpgroups=3, block_kv=64, num_stages=3),  # 237
+        stripe_schedule.Config(num_warpgroups=2, block_kv=64, num_stages=3),  # 185
+        stripe_schedule.Config(num_warpgroups=2, block_kv=64, num_stages=2),
     ),
     # `python -m benchmarks.window_attention`, ms a layer, B8, 64 x 64 tokens, H16, w 14.
     windows=(
@@ -90,10 +92,13 @@ def tuned() -> Tuning:
     return BY_DEVICE.get(jax.devices()[0].device_kind, H200)
 
 
-def fitting_matmul(table: Matmuls, m: int, n: int, k: int) -> matmul_kernel.Config | None:
-    """The first tiling of a table that fits a product of [m, k] and [k, n]."""
+def fitting_matmul(
+    epilogue: matmul_kernel.Epilogue, m: int, n: int, k: int, dtype: DTypeLike = jnp.bfloat16
+) -> matmul_kernel.Config | None:
+    """The first tiling that fits a product of [m, k] and [k, n] with this epilogue."""
+    table = tuned().to_residual if epilogue == "add" else tuned().to_output
     configs = next(configs for rows, configs in table.items() if m <= rows)
-    return next((config for config in configs if config.fits(m, n, k)), None)
+    return next((config for config in configs if config.fits(m, n, k, dtype)), None)
 
 
 def padded(num_rows: int) -> int:

@@ -10,14 +10,17 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
-from pallas_kernels.implementation import KERNEL_DTYPES, Implementation, resolve
-from pallas_kernels.relative_position import relative_position
+from pallas_kernels.choices import Implementation
+from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
+from pallas_kernels.implementation import resolve
+from pallas_kernels.relative_position import given_tables, relative_position
 from pallas_kernels.tuning import tuned
-from pallas_kernels.window_kernel import REL, SMEM_BYTES, Config, Geometry, Statics, launch
+from pallas_kernels.window_kernel import KEEP, REL, Config, Geometry, Statics, launch
 
 HEAD_DIMS = (64, 80)
 WINDOW_SIZES = range(7, 17)
@@ -31,58 +34,79 @@ def _one_hots(window_size: int, num_keys: int) -> np.ndarray:
 
 
 def _keep(order: Any, bar_len: int) -> Array | np.ndarray:
-    """0 for the bar's keys and -inf for all others, [1 or B, 1 or W, 1 or H, 256]."""
+    """0 for the bar's keys and -inf for all others, [1 or B, 1 or W, 1 or H, KEEP]."""
     bar = order[..., :bar_len]
     bar = bar.reshape(*(*bar.shape[:-1], 1, 1, 1)[:3], bar_len)
     if isinstance(bar, np.ndarray):
-        keep = np.full((*bar.shape[:-1], 256), -np.inf, np.float32)
+        keep = np.full((*bar.shape[:-1], KEEP), -np.inf, np.float32)
         np.put_along_axis(keep, bar, 0, axis=-1)
         return keep
-    keep = jnp.full((*bar.shape[:-1], 256), -jnp.inf, jnp.float32)
+    keep = jnp.full((*bar.shape[:-1], KEEP), -jnp.inf, jnp.float32)
     return jnp.put_along_axis(keep, bar, 0, axis=-1, inplace=False)
 
 
-def mosaic_window_attention(
+def fitting_config(window_size: int, head_dim: int, dtype: DTypeLike) -> Config | None:
+    """The first tuned configuration that fits in shared memory, with a position bias or without."""
+    fits = (c for c in tuned().windows if c.fits(window_size, head_dim, dtype))
+    return next(fits, None)
+
+
+def prepare(
     qkv: Array,
-    rel_pos_h: Array,
-    rel_pos_w: Array,
+    rel_pos_h: Array | None = None,
+    rel_pos_w: Array | None = None,
     *,
     window_size: int,
     layout: BlockLayout | None = None,
     order: Any = None,
     config: Config | None = None,
     interpret: Any = False,
-) -> Array:
-    """The kernel on checked arguments; `config` and `interpret` are for tests and tuning."""
+) -> tuple[Statics, tuple[Array, tuple[Array, ...], Array | None, Array]]:
+    """What `launch` takes, for checked arguments of `window_attention`.
+
+    The position bias comes from a kernel of its own, or by XLA where that does not fit.
+
+    Args:
+        qkv: See `window_attention`, like the next five.
+        rel_pos_h: None is no position bias.
+        rel_pos_w: Likewise.
+        window_size: Side w of a window.
+        layout: None is dense.
+        order: Needed with a sparse layout.
+        config: How the kernel runs; None is the tuned one.
+        interpret: For tests: parameters of Mosaic GPU's interpret mode.
+    """
     batch, height, width, _, heads, head_dim = qkv.shape
-    geometry = Geometry.of(window_size, head_dim)
-    one_hot = jnp.asarray(_one_hots(window_size, geometry.num_keys), qkv.dtype)
-    # Whole boxes for the TMA, which begins them at multiples of 16 bytes.
-    by_row, by_col = (
-        jnp.pad(x, ((0, 0), (0, REL - x.shape[1]), (0, 0))) for x in (rel_pos_h, rel_pos_w)
-    )
-    rel = relative_position(qkv, by_row, by_col, interpret=interpret)
+    config = config or fitting_config(window_size, head_dim, qkv.dtype)
+    assert config is not None, "the last configuration fits all that is checked for"
+    rel, one_hot = (), None
+    if tables := given_tables(rel_pos_h, rel_pos_w):
+        num_keys = Geometry.of(window_size).num_keys
+        one_hot = jnp.asarray(_one_hots(window_size, num_keys), qkv.dtype)
+        # Whole boxes for the TMA, which begins them at multiples of 16 bytes.
+        by_row, by_col = (jnp.pad(x, ((0, 0), (0, REL - x.shape[1]), (0, 0))) for x in tables)
+        rel = relative_position(qkv, by_row, by_col, interpret=interpret)
     if layout is None or layout.is_dense:
-        sparse, keep = False, np.zeros((1, 1, 1, 256), np.float32)
+        sparse, keep = False, np.zeros((1, 1, 1, KEEP), np.float32)
     else:
         sparse, keep = True, _keep(order, layout.bar_len)
-    for candidate in tuned().windows if config is None else (config,):
-        config = candidate
-        if geometry.smem_bytes(config) <= SMEM_BYTES:
-            break
-    assert config is not None
-    statics = Statics(window_size, geometry, sparse, heads, config, interpret)
     flat = qkv.reshape(batch, height, width, 3 * heads, head_dim)
-    return launch(statics, flat, rel, one_hot, jnp.asarray(keep))
+    statics = Statics(window_size, heads, sparse, config, interpret)
+    return statics, (flat, rel, one_hot, jnp.asarray(keep))
 
 
 def _check(
-    qkv: Array, rel_pos: tuple[Array, Array], w: int, layout: BlockLayout | None, order: Any
+    qkv: Array,
+    rel_pos: tuple[Array | None, Array | None],
+    w: int,
+    layout: BlockLayout | None,
+    order: Any,
 ) -> None:
     if qkv.ndim != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must have shape [B, Gh, Gw, 3, H, D], got {qkv.shape}")
     batch, height, width, _, num_heads, head_dim = qkv.shape
-    for name, x, side in zip(("rel_pos_h", "rel_pos_w"), rel_pos, (height, width), strict=True):
+    tables = given_tables(*rel_pos)
+    for name, x, side in zip(("rel_pos_h", "rel_pos_w"), tables, (height, width), strict=False):
         shapes = [(side, columns, head_dim) for columns in (w, max(w, REL))]
         if x.shape not in shapes or x.dtype != qkv.dtype:
             expected = f"shape {(side, w, head_dim)} and dtype {qkv.dtype}"
@@ -100,9 +124,7 @@ def _check(
 
 def _problems(qkv: Array, window_size: int) -> list[str]:
     """What the kernel does not support about these arguments."""
-    problems = []
-    if qkv.dtype not in KERNEL_DTYPES:
-        problems.append(f"qkv must be bfloat16 or float16, got {qkv.dtype}")
+    problems = dtype_problems(KERNEL_DTYPES, qkv=qkv.dtype)
     if qkv.shape[5] not in HEAD_DIMS:
         problems.append(f"head_dim must be one of {HEAD_DIMS}, got {qkv.shape[5]}")
     if window_size not in WINDOW_SIZES:
@@ -112,8 +134,8 @@ def _problems(qkv: Array, window_size: int) -> list[str]:
 
 def window_attention(
     qkv: Float[Array, "B Gh Gw 3 H D"],
-    rel_pos_h: Float[Array, "Gh w D"],
-    rel_pos_w: Float[Array, "Gw w D"],
+    rel_pos_h: Float[Array, "Gh w D"] | None = None,
+    rel_pos_w: Float[Array, "Gw w D"] | None = None,
     *,
     window_size: int,
     layout: BlockLayout | None = None,
@@ -133,7 +155,8 @@ def window_attention(
     Args:
         qkv: Queries, keys and values of any map of Gh x Gw tokens in raster order.
         rel_pos_h: What every query row of the map adds for every key row of its window, dtype of
-            qkv. Padded to 16 key rows by zeros, it spares the kernel a copy.
+            qkv. Padded to 16 key rows by zeros, it spares the kernel a copy. None, like rel_pos_w,
+            is attention without a position bias.
         rel_pos_w: The same for columns.
         window_size: Side w of a window; the kernel takes 7 to 16.
         layout: `BlockLayout.bar(w * w, density)`: only the first `layout.bar_len` tokens of `order`
@@ -152,22 +175,19 @@ def window_attention(
     _check(qkv, (rel_pos_h, rel_pos_w), window_size, layout, order)
     problems = _problems(qkv, window_size)
     chosen = resolve(implementation, function="window_attention", problems=problems)
-    program = mosaic_window_attention if chosen == "mosaic_gpu" else _xla_window_attention
-    arrays = (qkv, rel_pos_h, rel_pos_w)
-    return program(*arrays, window_size=window_size, layout=layout, order=order)
+    options: dict[str, Any] = dict(window_size=window_size, layout=layout, order=order)
+    if chosen == "xla":
+        return _xla_window_attention(qkv, given_tables(rel_pos_h, rel_pos_w), **options)
+    statics, operands = prepare(qkv, rel_pos_h, rel_pos_w, **options)
+    return launch(statics, *operands)
 
 
 def _xla_window_attention(
-    qkv: Array,
-    rel_pos_h: Array,
-    rel_pos_w: Array,
-    *,
-    window_size: int,
-    layout: BlockLayout | None,
-    order: Any,
+    qkv: Array, tables: tuple[Array, ...], *, window_size: int, **options: Any
 ) -> Array:
     q, k, v = (qkv[:, :, :, i] for i in range(3))
-    tables = (x[:, :window_size] for x in (rel_pos_h, rel_pos_w))
-    rel = reference.relative_position(q, *tables)
-    options = {"window_size": window_size, "layout": layout, "order": order}
-    return reference.window_attention(q, k, v, *rel, **options)
+    rel_h, rel_w = None, None
+    if tables:
+        by_row, by_col = (x[:, :window_size] for x in tables)
+        rel_h, rel_w = reference.relative_position(q, by_row, by_col)
+    return reference.window_attention(q, k, v, rel_h, rel_w, window_size=window_size, **options)

@@ -34,15 +34,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from pallas_kernels.boxes import buffer, map_boxes, split_head_dim
-from pallas_kernels.implementation import no_gradient
+from pallas_kernels import hopper
+from pallas_kernels.boxes import map_boxes, spans_of, split_head_dim
+from pallas_kernels.hopper import MULTIPROCESSORS, REGISTERS, WGMMA_ROWS
+from pallas_kernels.implementation import undifferentiable
+from pallas_kernels.tiles import CHUNK
 
-TILE_Q = 64  # queries of one product on the tensor core
-REL = 16  # columns of rel and E: one K step of the tensor core, and the largest window
+TILE_Q = WGMMA_ROWS  # queries of one product
+REL = CHUNK  # columns of rel and E: one K step of the tensor core, and the largest window
+KEEP = 256  # keys of a mask, of which a window has at most as many
 WARPGROUPS = 2  # that compute
-SMEM_BYTES = 232448 - 4096  # shared memory of one block on Hopper, less barriers and scratch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,7 @@ class Config:
     """How the kernel runs.
 
     Attributes:
-        num_ctas: Blocks of threads: the device's multiprocessors, as one block fills one.
+        num_ctas: Blocks of threads: as one fills a multiprocessor, as many as there are.
         kv_stages: Items whose k and v are in shared memory at a time.
         q_stages: Items whose q, rel and result are in shared memory at a time.
         take_turns: Whether the warpgroups take turns at the tensor core, one multiplying while the
@@ -58,10 +62,15 @@ class Config:
             or where an operand has one stage: a turn would then wait for an item that waits for it.
     """
 
-    num_ctas: int = 132
+    num_ctas: int = MULTIPROCESSORS
     kv_stages: int = 2
     q_stages: int = 2
     take_turns: bool = True
+
+    def fits(self, window_size: int, head_dim: int, dtype: DTypeLike) -> bool:
+        """Whether a block of threads has the shared memory that this takes."""
+        scratch = scratch_types(window_size, head_dim, dtype, self)
+        return hopper.smem_bytes(scratch, reduces=True) <= hopper.smem_limit()
 
 
 class Geometry(NamedTuple):
@@ -71,10 +80,9 @@ class Geometry(NamedTuple):
     num_tiles: int  # query tiles
     q_rows: int
     num_keys: int  # keys of a tile of logits, the masked ones after w w included
-    chunks: tuple[int, ...]  # head_dim in parts whose rows are 128 or 32 bytes, a TMA swizzle
 
     @classmethod
-    def of(cls, window_size: int, head_dim: int) -> Geometry:
+    def of(cls, window_size: int) -> Geometry:
         """The geometry of a window of `window_size` x `window_size` tokens."""
         box_rows = window_size if window_size % 2 == 0 else -(-window_size // 4) * 4
         num_tiles = -(-(window_size**2) // TILE_Q)
@@ -83,54 +91,40 @@ class Geometry(NamedTuple):
             num_tiles=num_tiles,
             q_rows=max(num_tiles * TILE_Q, -(-box_rows * window_size // 8) * 8),
             num_keys=max(-(-box_rows * window_size // 16) * 16, TILE_Q),
-            chunks=split_head_dim(head_dim),
         )
-
-    def smem_bytes(self, config: Config) -> int:
-        """Shared memory of one block of threads, 16-bit operands."""
-        row = 2 * sum(self.chunks)
-        q_stage = self.q_rows * (row + 2 * REL * 2) + 1024
-        kv_stage = 2 * self.num_keys * row
-        one_hot = 2 * REL * self.num_keys * 2
-        return config.q_stages * q_stage + config.kv_stages * kv_stage + one_hot
 
 
 class Statics(NamedTuple):
-    """What is known of a launch when it is traced."""
+    """What a launch knows when it is traced.
+
+    Attributes:
+        window_size: Side w of a window.
+        num_heads: Heads H.
+        sparse: Whether a mask keeps the bar's keys alone.
+        config: How the kernel runs.
+        interpret: False, or parameters of Mosaic GPU's interpret mode.
+    """
 
     window_size: int
-    geometry: Geometry
-    sparse: bool
     num_heads: int
+    sparse: bool
     config: Config
     interpret: Any
 
 
 def _kernel(
-    qkv_gmem: Any,
-    rel_gmem: tuple[Any, ...],
-    one_hot_gmem: Any,
-    keep_gmem: Any,
-    out_gmem: Any,
-    *,
-    q_smem: list[Any],  # of every chunk of head_dim
-    k_smem: list[Any],
-    v_smem: list[Any],
-    rel_smem: list[Any],
-    one_hot_smem: Any,
-    keep_smem: Any,
-    q_full: Any,
-    kv_full: Any,
-    kv_empty: Any,
-    out_full: Any,
-    one_hot_full: Any,
-    turn: Any,
-    statics: Statics,
-) -> None:
-    w, geometry, sparse, num_heads, config, interpret = statics
+    qkv_gmem, rel_gmem, one_hot_gmem, keep_gmem, out_gmem,
+    *, q_smem, k_smem, v_smem, rel_smem, keep_smem,
+    q_full, kv_full, kv_empty, out_full, turn,
+    statics, one_hot_smem: Any = None, one_hot_full: Any = None,
+):  # fmt: skip
+    w, num_heads, sparse = statics.window_size, statics.num_heads, statics.sparse
+    config, interpret = statics.config, statics.interpret
     batch, height, width, _, head_dim = qkv_gmem.shape
-    num_keys, chunks = geometry.num_keys, geometry.chunks
-    spans = [pl.ds(sum(chunks[:c]), chunk) for c, chunk in enumerate(chunks)]
+    geometry, chunks = Geometry.of(w), split_head_dim(head_dim, qkv_gmem.dtype)
+    num_keys, spans = geometry.num_keys, spans_of(chunks)
+    compute_registers, transfer_registers = REGISTERS[WARPGROUPS]
+    dtype = qkv_gmem.dtype
     down, across = pl.cdiv(height, w), pl.cdiv(width, w)
     num_items = batch * down * across * num_heads
     box_rows = w if interpret else geometry.box_rows
@@ -188,8 +182,9 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def transfer() -> None:
-        plgpu.set_max_registers(40, action="decrease")
-        plgpu.copy_gmem_to_smem(one_hot_gmem, one_hot_smem, one_hot_full)
+        plgpu.set_max_registers(transfer_registers, action="decrease")
+        if one_hot_gmem is not None:
+            plgpu.copy_gmem_to_smem(one_hot_gmem, one_hot_smem, one_hot_full)
         if box_rows * w < num_keys:
             # No copy writes the last rows, and weight 0 times whatever is there may be NaN.
             for smem in (*k_smem, *v_smem):
@@ -244,9 +239,7 @@ def _kernel(
             yield_turn()
             return acc_ref[...]
 
-        logits = pl.run_scoped(
-            multiply_qk, plgpu.WGMMAAccumulatorRef((TILE_Q, num_keys), jnp.float32)
-        )
+        logits = pl.run_scoped(multiply_qk, hopper.accumulator(dtype, TILE_Q, num_keys))
         if sparse or w * w < num_keys:
             logits = mask(logits, q_slot)
         scale = math.log2(math.e) / math.sqrt(head_dim)
@@ -254,7 +247,7 @@ def _kernel(
         weights = jnp.exp2(logits * scale - maximum)  # [TILE_Q, num_keys]
         total = weights.sum(axis=1)
         # The barrier keeps the compiler from moving the softmax past the turn's end.
-        weights, total = lax.optimization_barrier((weights.astype(qkv_gmem.dtype), total))
+        weights, total = lax.optimization_barrier((weights.astype(dtype), total))
         yield_turn()
 
         def multiply_weights_v(*acc_refs: Any) -> Any:
@@ -272,14 +265,15 @@ def _kernel(
                     plgpu.wgmma(acc_ref, last, v.at[kv_slot, pl.ds(num_keys - chunk, chunk)])
             return [acc_ref[...] for acc_ref in acc_refs]
 
-        accs = [plgpu.WGMMAAccumulatorRef((TILE_Q, chunk), jnp.float32) for chunk in chunks]
+        accs = [hopper.accumulator(dtype, TILE_Q, chunk) for chunk in chunks]
         for out, smem in zip(pl.run_scoped(multiply_weights_v, *accs), q_smem, strict=True):
             out *= lax.broadcast_in_dim(1 / total, out.shape, [0])
             smem[q_slot, rows] = out.astype(smem.dtype)
 
     def compute() -> None:
-        plgpu.set_max_registers(232, action="increase")
-        plgpu.barrier_wait(one_hot_full)
+        plgpu.set_max_registers(compute_registers, action="increase")
+        if one_hot_gmem is not None:
+            plgpu.barrier_wait(one_hot_full)
         pl.when(warpgroup == 1)(yield_turn)
 
         @pl.loop(0, steps)
@@ -301,69 +295,86 @@ def _kernel(
     pl.when(warpgroup == WARPGROUPS)(transfer)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _launch(
+def scratch_types(
+    window_size: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    config: Config,
+    *,
+    sparse: bool = True,
+    has_bias: bool = True,
+    interpret: Any = False,
+) -> dict[str, Any]:
+    """Shared memory and barriers of a block of threads."""
+    kv_stages, q_stages = config.kv_stages, config.q_stages
+    geometry, chunks = Geometry.of(window_size), split_head_dim(head_dim, dtype)
+    rel = (REL, REL) if has_bias else ()
+    copies = window_size if interpret else 1  # that a box takes
+
+    def boxes_of(stages: int, rows: int, widths: tuple[int, ...]) -> list[Any]:
+        return [hopper.buffer(dtype, stages, rows, width) for width in widths]
+
+    scratch: dict[str, Any] = dict(
+        q_smem=boxes_of(q_stages, geometry.q_rows, chunks),
+        k_smem=boxes_of(kv_stages, geometry.num_keys, chunks),
+        v_smem=boxes_of(kv_stages, geometry.num_keys, chunks),
+        rel_smem=boxes_of(q_stages, geometry.q_rows, rel),
+        keep_smem=plgpu.SMEM((q_stages, KEEP), jnp.float32),
+        q_full=plgpu.Barrier(
+            num_barriers=q_stages, num_arrivals=copies * (len(chunks) + len(rel)) + sparse
+        ),
+        kv_full=plgpu.Barrier(num_barriers=kv_stages, num_arrivals=copies * 2 * len(chunks)),
+        kv_empty=plgpu.Barrier(num_barriers=kv_stages, num_arrivals=WARPGROUPS),
+        out_full=plgpu.Barrier(num_barriers=q_stages, num_arrivals=WARPGROUPS),
+        turn=plgpu.Barrier(num_arrivals=WARPGROUPS),
+    )
+    if has_bias:
+        scratch["one_hot_smem"] = hopper.buffer(dtype, len(rel), geometry.num_keys, REL)
+        scratch["one_hot_full"] = plgpu.Barrier()
+    return scratch
+
+
+# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
+@functools.partial(jax.jit, static_argnums=0)
+def launch(
     statics: Statics,
     qkv: Array,
-    rel: tuple[Array, Array],
-    one_hot: Array,
+    rel: tuple[Array, ...],
+    one_hot: Array | None,
     keep: Array,
 ) -> Array:
-    """Run the kernel.
+    """Run the kernel on what `window_attention.prepare` gives.
 
     Args:
         statics: What is known when the launch is traced.
         qkv: [B, Gh, Gw, 3 H, D], 16-bit floats like rel and one_hot: q of all heads, k, v.
-        rel: The left factors of the bias, sqrt(D) rel_h and sqrt(D) rel_w, [B, Gh, Gw, H, 16].
-        one_hot: The right factors, transposed, [2, num_keys, 16].
+        rel: The left factors of the bias, sqrt(D) rel_h and sqrt(D) rel_w, [B, Gh, Gw, H, 16];
+            none without a position bias.
+        one_hot: The right factors, transposed, [2, num_keys, 16]; None without.
         keep: 0 for the bar's keys and -inf for others, float32 [1 or B, 1 or W, 1 or H, 256].
 
     Returns:
         Attention's output [B, Gh, Gw, H, D].
     """
-    window_size, geometry, sparse, num_heads, config, interpret = statics
-    kv_stages, q_stages, chunks = config.kv_stages, config.q_stages, geometry.chunks
-
-    def boxes_of(stages: int, rows: int) -> list[Any]:
-        return [buffer(qkv.dtype, stages, rows, chunk) for chunk in chunks]
-
-    def arrivals(num_boxes: int) -> int:
-        return num_boxes * (window_size if interpret else 1)
-
-    kernel = plgpu.kernel(
+    qkv, rel = undifferentiable("window_attention", (qkv, rel))
+    config, interpret, head_dim = statics.config, statics.interpret, qkv.shape[-1]
+    kernel = hopper.kernel(
         functools.partial(_kernel, statics=statics),
-        out_type=jax.ShapeDtypeStruct((*qkv.shape[:3], num_heads, qkv.shape[4]), qkv.dtype),
-        scratch_types=dict(
-            q_smem=boxes_of(q_stages, geometry.q_rows),
-            k_smem=boxes_of(kv_stages, geometry.num_keys),
-            v_smem=boxes_of(kv_stages, geometry.num_keys),
-            rel_smem=[buffer(qkv.dtype, q_stages, geometry.q_rows, REL) for _ in rel],
-            one_hot_smem=buffer(qkv.dtype, *one_hot.shape),
-            keep_smem=plgpu.SMEM((q_stages, 256), jnp.float32),
-            q_full=plgpu.Barrier(
-                num_barriers=q_stages, num_arrivals=arrivals(len(chunks) + len(rel)) + sparse
-            ),
-            kv_full=plgpu.Barrier(num_barriers=kv_stages, num_arrivals=arrivals(2 * len(chunks))),
-            kv_empty=plgpu.Barrier(num_barriers=kv_stages, num_arrivals=WARPGROUPS),
-            out_full=plgpu.Barrier(num_barriers=q_stages, num_arrivals=WARPGROUPS),
-            one_hot_full=plgpu.Barrier(),
-            turn=plgpu.Barrier(num_arrivals=WARPGROUPS),
+        name="window_attention",
+        interpret=interpret,
+        out_type=jax.ShapeDtypeStruct((*qkv.shape[:3], statics.num_heads, head_dim), qkv.dtype),
+        scratch_types=scratch_types(
+            statics.window_size,
+            head_dim,
+            qkv.dtype,
+            config,
+            sparse=statics.sparse,
+            has_bias=one_hot is not None,
+            interpret=interpret,
         ),
         grid=(config.num_ctas,),
         grid_names=("cta",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        kernel_name="window_attention",
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
     )
     return kernel(qkv, rel, one_hot, keep)
-
-
-_launch.defjvp(no_gradient("window_attention"))
-
-
-# Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
-launch = jax.jit(_launch, static_argnums=0)

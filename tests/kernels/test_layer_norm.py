@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
-from pallas_kernels.layer_norm import layer_norm, mosaic_layer_norm
+from pallas_kernels.layer_norm import launch, layer_norm, prepare
 from sparsesam_jax.config import PRESETS
 
 needs_mosaic = pytest.mark.skipif(
@@ -39,6 +39,12 @@ def check(out, x, scale, bias, dtype=None):
     np.testing.assert_allclose(got, normed * want[1] + want[2], rtol=1.01 * half_unit, atol=1e-5)
 
 
+def run(*arrays, **options) -> jax.Array:
+    """The kernel on these arguments."""
+    statics, operands = prepare(*arrays, **options)
+    return launch(statics, *operands)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_xla(dtype):
     arrays = inputs((2, 3, 5), 24, dtype)
@@ -59,7 +65,7 @@ def test_interpreted_kernel(rows, d, dtype, out_dtype):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     arrays, interpret = inputs(rows, d, dtype), plgpu.InterpretGPUParams()
-    check(mosaic_layer_norm(*arrays, dtype=out_dtype, interpret=interpret), *arrays, out_dtype)
+    check(run(*arrays, dtype=out_dtype, interpret=interpret), *arrays, out_dtype)
 
 
 @needs_mosaic
@@ -71,7 +77,7 @@ def test_lowers_for_every_preset(preset, batch):
     x = jax.ShapeDtypeStruct((batch, side, side, d), jnp.bfloat16)
     for dtype in (jnp.bfloat16, jnp.float32):
         vector = jax.ShapeDtypeStruct((d,), dtype)
-        traced = jax.jit(mosaic_layer_norm).trace(x, vector, vector)
+        traced = jax.jit(run).trace(x, vector, vector)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -79,7 +85,7 @@ def test_lowers_for_every_preset(preset, batch):
 def test_differentiation_names_the_xla_path():
     x, scale, bias = inputs((16,), 64, "bfloat16")
     with pytest.raises(NotImplementedError, match='implementation="xla"'):
-        jax.grad(lambda x: mosaic_layer_norm(x, scale, bias).sum())(x)
+        jax.grad(lambda x: run(x, scale, bias).sum())(x)
 
 
 def test_errors():
@@ -99,8 +105,8 @@ def test_errors():
 @pytest.mark.parametrize("d", [192, 768, 1024, 1280])
 def test_error_and_repeats_on_gpu(d, rows, dtype, out_dtype):
     arrays = inputs(rows, d, dtype)
-    run = jax.jit(lambda *a: layer_norm(*a, dtype=out_dtype, implementation="mosaic_gpu"))
-    first = run(*arrays)
+    normalise = jax.jit(lambda *a: layer_norm(*a, dtype=out_dtype, implementation="mosaic_gpu"))
+    first = normalise(*arrays)
     check(first, *arrays, out_dtype)
     for _ in range(20):
-        assert bool((run(*arrays) == first).all())
+        assert bool((normalise(*arrays) == first).all())

@@ -14,7 +14,7 @@ import pytest
 
 from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
 from pallas_kernels.matmul_kernel import Config
-from pallas_kernels.projection import mosaic_projection, projection
+from pallas_kernels.projection import launch, prepare, projection
 from sparsesam_jax.config import PRESETS
 
 needs_mosaic = pytest.mark.skipif(
@@ -43,6 +43,12 @@ def expected(x, kernel, bias, residual=None):
 
 def error(out, want) -> float:
     return float(np.linalg.norm(np.asarray(out, np.float64) - want) / np.linalg.norm(want))
+
+
+def run(*arrays, **options) -> jax.Array:
+    """The kernel on these arguments."""
+    statics, operands = prepare(*arrays, **options)
+    return launch(statics, *operands)
 
 
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -76,7 +82,7 @@ def test_interpreted_kernel(rows, dtype, stream):
     *arrays, residual = inputs(rows, 64, 64, dtype, stream)
     residual = residual if stream else None
     options = {"config": SMALL, "interpret": plgpu.InterpretGPUParams()}
-    out = mosaic_projection(*arrays, residual=residual, **options)
+    out = run(*arrays, residual=residual, **options)
     assert out.dtype == (stream or dtype)
     assert error(out, expected(*arrays, residual)) < TOLERANCE[stream or dtype]
 
@@ -92,9 +98,7 @@ def test_lowers_for_every_preset(preset, batch):
     for n, residual in ((3 * d, None), (d, x), (d, stream)):
         kernel = jax.ShapeDtypeStruct((d, n), jnp.bfloat16)
         bias = jax.ShapeDtypeStruct((n,), jnp.float32)
-        traced = jax.jit(lambda *a: mosaic_projection(*a[:3], residual=a[3])).trace(
-            x, kernel, bias, residual
-        )
+        traced = jax.jit(lambda *a: run(*a[:3], residual=a[3])).trace(x, kernel, bias, residual)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -102,7 +106,7 @@ def test_lowers_for_every_preset(preset, batch):
 def test_differentiation_names_the_xla_path():
     x, kernel, bias, _ = inputs((256,), 64, 64)
     with pytest.raises(NotImplementedError, match='implementation="xla"'):
-        jax.grad(lambda x: mosaic_projection(x, kernel, bias).sum())(x)
+        jax.grad(lambda x: run(x, kernel, bias).sum())(x)
 
 
 def test_errors():
@@ -135,8 +139,8 @@ def test_error_and_repeats_on_gpu(batch, d, dtype, stream):
     *arrays, residual = inputs((batch, 64, 64), d, d if stream else 3 * d, dtype, stream)
     residual = residual if stream else None
     options = {"implementation": "mosaic_gpu"}
-    run = jax.jit(lambda *a, residual: projection(*a, residual=residual, **options))
-    first = run(*arrays, residual=residual)
+    project = jax.jit(lambda *a, residual: projection(*a, residual=residual, **options))
+    first = project(*arrays, residual=residual)
     want = projection(
         *(x.astype(jnp.float32) for x in arrays),
         residual=None if residual is None else residual.astype(jnp.float32),
@@ -144,4 +148,4 @@ def test_error_and_repeats_on_gpu(batch, d, dtype, stream):
     )
     assert error(first, np.asarray(want, np.float64)) <= TOLERANCE[stream or dtype]
     for _ in range(20):
-        assert bool((run(*arrays, residual=residual) == first).all())
+        assert bool((project(*arrays, residual=residual) == first).all())

@@ -59,11 +59,10 @@ def test_interpreted(shape, num_keys, dtype, num_programs):
     )
     for got, want in zip(out, exact(*arrays), strict=True):
         assert got.shape == want.shape and got.dtype == dtype
-        # Rounded once to dtype: half a unit of the last place, but for float32's own rounding.
+        # Rounded once to dtype: half a unit of the last place, but for float32's own rounding of
+        # sums of size 64, by a unit or two of theirs.
         unit = float(jnp.finfo(dtype).eps)
-        np.testing.assert_allclose(
-            np.asarray(got, np.float32), want, rtol=0.501 * unit, atol=1e-2 * unit
-        )
+        np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=0.501 * unit, atol=8e-5)
 
 
 @needs_mosaic

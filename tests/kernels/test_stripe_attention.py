@@ -29,14 +29,13 @@ from pallas_kernels import stripe_attention as module
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
 from pallas_kernels.stripe_attention import (
-    _find_blocks,
-    _prepare,
+    attend_by_groups,
     image_bytes,
     image_groups,
-    mosaic_stripe_attention,
+    prepare,
     stripe_attention,
 )
-from pallas_kernels.stripe_kernel import Config
+from pallas_kernels.stripe_schedule import Config
 from pallas_kernels.tuning import H200
 from sparsesam_jax.config import PRESETS
 
@@ -92,7 +91,7 @@ def test_interpreted_kernel_equals_reference(name):
     case, config = INTERPRETED[name]
     arguments = inputs(case, seed=0)
     interpret = plgpu.InterpretGPUParams()
-    out = run(mosaic_stripe_attention, case, arguments, config=config, interpret=interpret)
+    out = run(attend_by_groups, case, arguments, config=config, interpret=interpret)
     assert out.dtype == case.dtype
     assert relative_error(case, out, arguments) < TOLERANCE[case.dtype]
 
@@ -109,7 +108,7 @@ def test_interpreted_groups_of_images_equal_reference(order, monkeypatch):
     monkeypatch.setattr(module, "GROUP_BYTES", 2 * needed)
     arguments = inputs(case, seed=0)
     interpret = plgpu.InterpretGPUParams()
-    out = run(mosaic_stripe_attention, case, arguments, config=TWO, interpret=interpret)
+    out = run(attend_by_groups, case, arguments, config=TWO, interpret=interpret)
     for image in range(case.batch):
         assert error_of_image(case, out, arguments, image) < TOLERANCE[case.dtype]
 
@@ -164,9 +163,11 @@ def test_lowers_for_other_grids_and_orders(side, order):
     assert "mosaic_gpu" in lowered(case)
 
 
-def lowered(case: Case) -> str:
+def lowered(case: Case, *, has_bias: bool = True) -> str:
     """The program for CUDA."""
     arguments = jax.eval_shape(lambda: inputs(case, seed=0))
+    if not has_bias:
+        arguments = arguments._replace(rel_pos_h=None, rel_pos_w=None)
     if case.order in ("tiles", "blocks"):
         arguments = arguments._replace(sequence=stripes(case.side))
     sequence = arguments.sequence
@@ -175,7 +176,7 @@ def lowered(case: Case) -> str:
     def attend(arguments: Arguments) -> jax.Array:
         if is_static:
             arguments = arguments._replace(sequence=sequence)
-        return run(mosaic_stripe_attention, case, arguments)
+        return run(attend_by_groups, case, arguments)
 
     traced = jax.jit(attend).trace(arguments._replace(sequence=None) if is_static else arguments)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -209,13 +210,62 @@ def test_static_sequences_by_image_are_no_tiles(order):
     arguments = inputs(case, seed=0)
     lead = {"images": (2,), "heads": (2, 2)}[order]
     sequence = np.broadcast_to(arguments.sequence, (*lead, 256))
-    blocks = _find_blocks((16, 16), sequence, case.layout)
-    assert len(blocks.tile_of_block) == case.layout.num_q_blocks
-    _, operands = _prepare(*arguments[:3], blocks, range(2))
-    assert operands.onehot is not None
+    options = dict(layout=case.layout, position_bias="xla")
+    statics, (first, _, operands, table) = prepare(*arguments[:3], sequence, **options)
+    assert statics.gathered and first is None and operands.onehot is not None
+    assert statics.schedule.layout.num_q_blocks == 4 and table.shape == (1, 2 + 4 + 4)
     got = run(stripe_attention, case, arguments._replace(sequence=sequence))
     want = run(stripe_attention, case, arguments)
     np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, want)), atol=2e-2)
+
+
+def without_bias(case: Case, seed: int) -> tuple[Arguments, Arguments]:
+    """Arguments without a position bias, and the same with a bias of zero for the reference."""
+    arguments = inputs(case, seed)
+    zeros = jnp.zeros_like(arguments.rel_pos_h)
+    same = arguments._replace(rel_pos_h=zeros, rel_pos_w=zeros)
+    return arguments._replace(rel_pos_h=None, rel_pos_w=None), same
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("order", ["tiles", "blocks", "groups", "heads"])
+def test_xla_without_bias_equals_masked_attention(order, density):
+    shape = dict(batch=1, side=16, num_heads=2, head_dim=16, dtype="float32")
+    case = Case(**shape, density=density, order=order)
+    arguments, same = without_bias(case, seed=0)
+    out = run(stripe_attention, case, arguments, implementation="xla")
+    # float32 rounding of a few hundred sums of terms of size 1, in another order.
+    np.testing.assert_allclose(out[0], masked_attention(case, same, 0, heads=[0, 1]), atol=2e-5)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("order", "head_dim", "dtype"),
+    [("tiles", 64, "bfloat16"), ("blocks", 80, "float16"), ("groups", 64, "bfloat16")],
+)
+def test_interpreted_kernel_without_bias_equals_reference(order, head_dim, dtype):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    shape = dict(batch=1, side=16, num_heads=2, head_dim=head_dim, dtype=dtype)
+    case = Case(**shape, density=0.75, order=order)
+    arguments, same = without_bias(case, seed=0)
+    options = dict(config=TWO, interpret=plgpu.InterpretGPUParams())
+    out = run(attend_by_groups, case, arguments, **options)
+    assert relative_error(case, out, same) < TOLERANCE[dtype]
+
+
+@needs_mosaic
+@pytest.mark.parametrize("order", ["tiles", "blocks", "groups", "heads"])
+def test_lowers_without_bias(order):
+    program = lowered(Case(batch=2, density=0.3, order=order), has_bias=False)
+    assert program.count("@mosaic_gpu_v2") == 1  # no kernel of the bias
+
+
+def test_tables_are_given_together():
+    case = Case(batch=1, side=16, num_heads=1)
+    arguments = inputs(case, seed=0)._replace(rel_pos_w=None)
+    with pytest.raises(ValueError, match="rel_pos_w must be given with rel_pos_h or both be None"):
+        run(stripe_attention, case, arguments)
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
@@ -323,7 +373,7 @@ def test_differentiation_names_the_xla_path():
         return run(function, case, arguments._replace(qkv=qkv)).astype(jnp.float32).sum()
 
     with pytest.raises(NotImplementedError, match='implementation="xla"'):
-        jax.grad(loss)(arguments.qkv, mosaic_stripe_attention)
+        jax.grad(loss)(arguments.qkv, attend_by_groups)
     xla = functools.partial(stripe_attention, implementation="xla")
     assert bool(jnp.isfinite(jax.grad(loss)(arguments.qkv, xla)).all())
 
@@ -373,6 +423,16 @@ def test_every_image_on_gpu(batch, order):
     out = run(stripe_attention, case, arguments, implementation="mosaic_gpu")
     for image in range(batch):
         assert error_of_image(case, out, arguments, image) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["tiles", "blocks", "groups", "heads"])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_without_bias_on_gpu(head_dim, order):
+    case = Case(density=0.3, order=order, head_dim=head_dim)
+    arguments, same = without_bias(case, seed=int.from_bytes(os.urandom(3)))
+    out = run(stripe_attention, case, arguments, implementation="mosaic_gpu")
+    assert relative_error(case, out, same) < TOLERANCE[case.dtype]
 
 
 @pytest.mark.gpu

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
-from pallas_kernels.stripe_attention import _mosaic_tile_bias, _xla_tile_bias
-from pallas_kernels.tile_position import supports_tiles
+from pallas_kernels.tile_position import supports_tiles, tile_position, xla_tile_position
 from pallas_kernels.tiles import Tiling
 from sparsesam_jax.config import PRESETS
 
@@ -35,7 +36,8 @@ def check(
     out: tuple[jax.Array, ...], arrays: list[jax.Array], tiling: Tiling, images: range
 ) -> None:
     """Close to float32 of the same rounded inputs."""
-    want = _xla_tile_bias(*(x.astype(jnp.float32) for x in arrays), tiling, images)
+    exact = (x.astype(jnp.float32) for x in arrays)
+    want = xla_tile_position(*exact, tiling=tiling, images=images)
     # rel_h: float32 sums of exact products, in another order. rel_w: rounded by up to 2^-9.
     dtypes, tolerances = (jnp.float32, arrays[0].dtype), (1e-5, 3e-3)
     for got, x, dtype, tolerance in zip(out, want, dtypes, tolerances, strict=True):
@@ -57,7 +59,7 @@ def check(
 def test_interpreted(shape, stride, dtype, images):
     arrays, tiling = make_inputs(shape, dtype), make_tiling(shape, stride)
     options = dict(num_programs=1, interpret=plgpu.InterpretGPUParams())
-    out = _mosaic_tile_bias(*arrays, tiling, images, **options)
+    out = tile_position(*arrays, tiling=tiling, images=images, **options)
     check(out, arrays, tiling, images)
 
 
@@ -72,7 +74,7 @@ def test_lowers_for_presets(preset, batch, stride):
     shape = (batch, side, side, 3, config.num_heads, head_dim)
     tiling = make_tiling(shape, stride)
     arrays = jax.eval_shape(lambda: make_inputs(shape, "bfloat16"))
-    lowered = jax.jit(lambda *x: _mosaic_tile_bias(*x, tiling, range(batch))).trace(*arrays)
+    lowered = jax.jit(functools.partial(tile_position, tiling=tiling)).trace(*arrays)
     assert "mosaic_gpu_v2" in lowered.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -81,8 +83,7 @@ def test_differentiating_names_the_xla_path():
     shape = (1, 64, 8, 3, 1, 64)
     arrays, tiling = make_inputs(shape, "bfloat16"), make_tiling(shape, 1)
     with pytest.raises(NotImplementedError, match='implementation="xla"'):
-        options = tiling, range(1)
-        jax.grad(lambda qkv: _mosaic_tile_bias(qkv, *arrays[1:], *options)[0].sum())(arrays[0])
+        jax.grad(lambda qkv: tile_position(qkv, *arrays[1:], tiling=tiling)[0].sum())(arrays[0])
 
 
 @pytest.mark.parametrize(
@@ -108,9 +109,9 @@ def test_supports_tiles(grid, head_dim, expected):
 def test_on_gpu(shape, stride, dtype):
     arrays, tiling = make_inputs(shape, dtype, seed=sum(shape)), make_tiling(shape, stride)
     images = range(shape[0] // 2, shape[0])  # of 3 images the last two
-    first = _mosaic_tile_bias(*arrays, tiling, images)
+    first = tile_position(*arrays, tiling=tiling, images=images)
     with jax.default_matmul_precision("highest"):
         check(first, arrays, tiling, images)
     for _ in range(20):
-        again = _mosaic_tile_bias(*arrays, tiling, images)
+        again = tile_position(*arrays, tiling=tiling, images=images)
         assert all(bool((x == y).all()) for x, y in zip(first, again, strict=True))

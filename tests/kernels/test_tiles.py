@@ -1,4 +1,4 @@
-"""Which blocks are tiles, and what the stripe kernel looks up about them."""
+"""Which blocks of a sequence are tiles of the map."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_layout import BlockLayout
-from pallas_kernels.tiles import BLOCK, SIDE, Tiling, find_tiling, step_table
+from pallas_kernels.tiles import BLOCK, SIDE, Tiling, find_tiling
 from sparsesam_jax.sparsity.orders import GROUP, curve_order
 
 SPARSE = 0.3
@@ -90,29 +90,3 @@ def test_places_of_tiles_agree_with_their_tokens(tiling):
         row, col = (int(x) * SIDE for x in tiling.coordinates(tile))
         rows, cols = by_parity[0][row : row + SIDE], by_parity[1][col : col + SIDE]
         np.testing.assert_array_equal((rows[:, None] * width + cols).ravel(), tokens)
-
-
-TILE_OF_BLOCK = np.array([3, 1, 0, 2], np.int32)
-
-
-def test_step_table_of_a_static_bar():
-    layout = BlockLayout.a_shape(4 * BLOCK, 0.75)
-    table = step_table(TILE_OF_BLOCK, layout, None, block_kv=2 * BLOCK)
-    bar, own, in_bar = [3, 1, 0, 0], [3, 1, 0, 2], [1, 1, 1, 0]  # the bar's last step is padded
-    np.testing.assert_array_equal(table, [[*bar, *own, *in_bar]])
-    assert table.dtype == np.int32
-
-
-def test_step_table_of_ranked_blocks():
-    layout = BlockLayout.a_shape(4 * BLOCK, 0.5)
-    block_order = np.array([[2, 0, 1, 3], [3, 2, 1, 0]])
-    table = step_table(TILE_OF_BLOCK, layout, block_order, block_kv=BLOCK)
-    own = [3, 1, 0, 2]
-    expected = [[0, 3, *own, 1, 0, 1, 0], [2, 0, *own, 0, 0, 1, 1]]
-    np.testing.assert_array_equal(table, expected)
-
-
-def test_step_table_without_a_bar():
-    layout = BlockLayout.a_shape(4 * BLOCK, 0.1)
-    table = step_table(TILE_OF_BLOCK, layout, None, block_kv=2 * BLOCK)
-    np.testing.assert_array_equal(table, [[3, 1, 0, 2, 0, 0, 0, 0]])

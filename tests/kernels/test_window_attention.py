@@ -30,7 +30,8 @@ from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
 from pallas_kernels.window_attention import (
     HEAD_DIMS,
     WINDOW_SIZES,
-    mosaic_window_attention,
+    launch,
+    prepare,
     window_attention,
 )
 from pallas_kernels.window_kernel import Config
@@ -55,6 +56,12 @@ def run(function, case: Case, arguments: Arguments, **options) -> jax.Array:
         return function(*positional, order=order, **shape, **options)
 
     return attend({k: x for k, x in arguments._asdict().items() if k not in static})
+
+
+def kernel(*arrays, **options) -> jax.Array:
+    """The kernel on these arguments."""
+    statics, operands = prepare(*arrays, **options)
+    return launch(statics, *operands)
 
 
 def with_map(case: Case, height: int, width: int, seed: int) -> Arguments:
@@ -102,7 +109,7 @@ def test_interpreted_kernel_equals_reference(name):
     assert case.density == 1 or not case.layout.is_dense
     arguments = with_map(case, *size, seed=0)
     interpret = plgpu.InterpretGPUParams()
-    out = run(mosaic_window_attention, case, arguments, config=config, interpret=interpret)
+    out = run(kernel, case, arguments, config=config, interpret=interpret)
     assert out.dtype == case.dtype
     assert relative_error(case, out, arguments) < TOLERANCE[case.dtype]
 
@@ -116,15 +123,17 @@ def test_tables_may_be_padded():
     np.testing.assert_array_equal(out, want)
 
 
-def lowered(case: Case) -> str:
+def lowered(case: Case, *, has_bias: bool = True) -> str:
     """The program for CUDA."""
     arguments = jax.eval_shape(lambda: inputs(case, seed=0))
+    if not has_bias:
+        arguments = arguments._replace(rel_pos_h=None, rel_pos_w=None)
     is_static = case.order == "static"
 
     def attend(arguments: Arguments) -> jax.Array:
         if is_static:
             arguments = arguments._replace(order=static_order(case.window_size))
-        return run(mosaic_window_attention, case, arguments)
+        return run(kernel, case, arguments)
 
     traced = jax.jit(attend).trace(arguments._replace(order=None) if is_static else arguments)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -195,6 +204,52 @@ def test_xla_equals_masked_attention(density, order):
     np.testing.assert_allclose(out, masked_attention(case, arguments), atol=2e-5)
 
 
+def without_bias(case: Case, arguments: Arguments) -> tuple[Arguments, Arguments]:
+    """Arguments without a position bias, and the same with a bias of zero for the reference."""
+    by_row, by_col = (jnp.zeros_like(x) for x in arguments[1:3])
+    same = arguments._replace(rel_pos_h=by_row, rel_pos_w=by_col)
+    return arguments._replace(rel_pos_h=None, rel_pos_w=None), same
+
+
+@pytest.mark.parametrize(("density", "order"), [(1.0, "static"), (0.5, "window"), (0.3, "head")])
+def test_xla_without_bias_equals_masked_attention(density, order):
+    shape = dict(batch=1, side=30, num_heads=2, head_dim=16, window_size=12, dtype="float32")
+    case = Case(**shape, density=density, order=order)
+    arguments, same = without_bias(case, with_map(case, 13, 25, seed=0))
+    out = run(window_attention, case, arguments, implementation="xla")
+    # float32 rounding of a few hundred sums of terms of size 1.
+    np.testing.assert_allclose(out, masked_attention(case, same), atol=2e-5)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("density", "head_dim", "dtype"), [(1.0, 64, "bfloat16"), (0.3, 80, "float16")]
+)
+def test_interpreted_kernel_without_bias_equals_reference(density, head_dim, dtype):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    shape = dict(head_dim=head_dim, window_size=12, dtype=dtype)
+    case = dataclasses.replace(PAIR, density=density, **shape)
+    arguments, same = without_bias(case, with_map(case, 13, 12, seed=0))
+    options = dict(config=TWO, interpret=plgpu.InterpretGPUParams())
+    out = run(kernel, case, arguments, **options)
+    assert relative_error(case, out, same) < TOLERANCE[dtype]
+
+
+@needs_mosaic
+@pytest.mark.parametrize("density", [1.0, 0.3])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_lowers_without_bias(head_dim, density):
+    program = lowered(Case(batch=2, head_dim=head_dim, density=density), has_bias=False)
+    assert program.count("@mosaic_gpu_v2") == 1  # no kernel of the bias
+
+
+def test_tables_are_given_together():
+    arguments = inputs(CASE, seed=0)._replace(rel_pos_h=None)
+    with pytest.raises(ValueError, match="rel_pos_h must be given with rel_pos_w or both be None"):
+        run(window_attention, CASE, arguments)
+
+
 @pytest.mark.parametrize("side", [7, 8])  # of 8: the bias has a kernel too
 def test_differentiation_names_the_xla_path(side):
     case = changed(side=side, window_size=side)
@@ -204,7 +259,7 @@ def test_differentiation_names_the_xla_path(side):
         return run(function, case, arguments._replace(qkv=qkv)).astype(jnp.float32).sum()
 
     with pytest.raises(NotImplementedError, match='implementation="xla"'):
-        jax.grad(loss)(arguments.qkv, mosaic_window_attention)
+        jax.grad(loss)(arguments.qkv, kernel)
     xla = functools.partial(window_attention, implementation="xla")
     assert bool(jnp.isfinite(jax.grad(loss)(arguments.qkv, xla)).all())
 
@@ -306,6 +361,16 @@ def test_window_sizes_on_gpu(window_size):
     case = Case(**shape, dtype="float16")
     error = error_on_gpu(case, seed, with_map(case, 37, 33, seed))
     assert error < TOLERANCE["float16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("density", [1.0, 0.3])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_without_bias_on_gpu(head_dim, density):
+    case = Case(batch=2, head_dim=head_dim, density=density)
+    arguments, same = without_bias(case, inputs(case, seed=int.from_bytes(os.urandom(3))))
+    out = run(window_attention, case, arguments, implementation="mosaic_gpu")
+    assert relative_error(case, out, same) < TOLERANCE[case.dtype]
 
 
 @pytest.mark.gpu
