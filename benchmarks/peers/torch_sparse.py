@@ -20,13 +20,6 @@ from sparsesam_jax.sparsity.orders import GROUP, curve_order, spread_sequence
 from sparsesam_jax.sparsity.plan import attention_layout, num_routed_tokens
 
 
-def supported(sparsity: Sparsity) -> None:
-    """Raise NotRunError for a sparsity that this port does not know."""
-    known = (sparsity.importance, sparsity.features, sparsity.per_head) == ("sobel", "keys", False)
-    if not known:
-        raise NotRunError(f"the PyTorch peer ranks by the keys' sobel, heads shared; {sparsity}")
-
-
 # An operation of its own: torch.compile (2.11) refuses to hand FlexAttention a gather that it has
 # not materialised.
 @torch.library.custom_op("sparsesam::permute", mutates_args=())
@@ -42,8 +35,7 @@ def _(x: Tensor, sequence: Tensor) -> Tensor:
 
 def sobel(maps: Tensor) -> Tensor:
     """Magnitude of the gradient of [B, Gh, Gw, C], mean over channels; the edge replicated."""
-    x = maps.float().permute(0, 3, 1, 2)
-    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    x = F.pad(maps.float().permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate")
     down = x[:, :, 2:] - x[:, :, :-2]
     down = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
     across = x[..., 2:] - x[..., :-2]
@@ -51,17 +43,81 @@ def sobel(maps: Tensor) -> Tensor:
     return torch.sqrt(down**2 + across**2).mean(1)
 
 
-def group_scores(k: Tensor, groups: Tensor) -> Tensor:
-    """Scores [B, G] of groups [G, 4] by the keys [B, H, N, D] of a square map."""
-    batch, _, tokens, _ = k.shape
-    side = round(tokens**0.5)
-    maps = k.transpose(1, 2).reshape(batch, side, side, -1)
-    return sobel(maps).reshape(batch, -1)[:, groups].mean(-1)
-
-
 def stripes(groups: Tensor, layout: str) -> Tensor:
     """Sequence [..., N] of groups [..., G, 4]: interleaved or one after the other."""
     return (groups.transpose(-1, -2) if layout == "interleave" else groups).flatten(-2)
+
+
+class Static:
+    """What does not depend on the images; dense without a sparsity.
+
+    Attributes, one entry a block: `layouts` of attention, `sequences` where no ranking makes them,
+    block `masks` of sparse global attention, and how many tokens are `routed`.
+
+    Raises:
+        NotRunError: The sparsity is not supported, or its curve leaves tokens over.
+    """
+
+    def __init__(self, config: ImageEncoderConfig, sparsity: Sparsity | None):
+        self.sparsity, self.groups = sparsity, {}
+        side, window, blocks = config.grid_size, config.window_size, range(config.depth)
+        self.is_global = [config.is_global(i) for i in blocks]
+        self.layouts = [attention_layout(config, sparsity, i, (side, side)) for i in blocks]
+        self.routed = [num_routed_tokens(config, sparsity, i, (side, side)) for i in blocks]
+        self.sequences: list[Tensor | None] = [None] * config.depth
+        self.masks: list[Any] = [None] * config.depth
+        if sparsity is None:
+            return
+        if (sparsity.importance, sparsity.features, sparsity.per_head) != ("sobel", "keys", False):
+            raise NotRunError(
+                f"the PyTorch peer ranks by the keys' sobel, heads shared; {sparsity}"
+            )
+        if side * side % sparsity.block_size or window * window % GROUP or side * side % GROUP:
+            raise NotRunError(f"the PyTorch peer needs whole groups and blocks, side {side}")
+        for is_global, edge in ((True, side), (False, window)):
+            order = curve_order(sparsity.curve, edge, edge, sparsity.seed).astype(np.int64)
+            self.groups[is_global] = torch.from_numpy(order.reshape(-1, GROUP))
+        for i in blocks if sparsity.ranking not in ("group", "block") else ():
+            sequence, layout = (
+                stripes(self.groups[self.is_global[i]], sparsity.layout),
+                self.layouts[i],
+            )
+            if sparsity.ranking == "spread" and not layout.is_dense:
+                spread = (sequence.numpy(), layout.num_bar_blocks, layout.block_kv)
+                sequence = torch.from_numpy(spread_sequence(*spread))
+            self.sequences[i] = sequence
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the tables, and make the block masks there; before the first forward."""
+        self.groups = {key: groups.to(device) for key, groups in self.groups.items()}
+        self.sequences = [None if x is None else x.to(device) for x in self.sequences]
+        sparse = {x for x, whole in zip(self.layouts, self.is_global, strict=True) if whole}
+        masks = {layout: block_mask(layout, device) for layout in sparse if not layout.is_dense}
+        pairs = zip(self.layouts, self.is_global, strict=True)
+        self.masks = [masks.get(layout) if whole else None for layout, whole in pairs]
+
+    def ranked(self, k: Tensor, is_global: bool) -> tuple[Tensor, Tensor]:
+        """Attention's ranked sequence [B, N], and all tokens by the importance of their groups.
+
+        The keys [B, H, N, D] are those of a square map.
+        """
+        assert self.sparsity is not None
+        groups, batch, side = self.groups[is_global], len(k), round(k.shape[2] ** 0.5)
+        maps = k.transpose(1, 2).reshape(batch, side, side, -1)
+        scores = sobel(maps).reshape(batch, -1)[:, groups].mean(-1)
+        ranked = groups[scores.argsort(dim=-1, descending=True, stable=True)]  # [B, G, 4]
+        tokens = ranked.flatten(1)
+        if self.sparsity.ranking != "block":
+            return stripes(ranked, self.sparsity.layout), tokens
+        sequence, size = stripes(groups, self.sparsity.layout), self.sparsity.block_size
+        full = len(sequence) // size * size
+        of_token = torch.empty_like(sequence)
+        of_token[groups.flatten()] = torch.arange(len(sequence), device=k.device) // GROUP
+        blocks = sequence[:full].reshape(-1, size)
+        mean = scores[:, of_token[blocks]].mean(-1)  # [B, blocks]
+        order = mean.argsort(dim=-1, descending=True, stable=True)
+        tail = sequence[full:].expand(batch, -1)
+        return torch.cat([blocks[order].flatten(1), tail], -1), tokens
 
 
 class Plan:
@@ -69,118 +125,29 @@ class Plan:
 
     def __init__(self, static: Static):
         self.static = static
-        self.window_sequence: Tensor | None = None
-        self.grid_sequence: Tensor | None = None
-        self.token_order: Tensor | None = None
+        self.ranked: dict[bool, tuple[Tensor, Tensor]] = {}  # by whether attention is global
 
-    def window_bar(self, index: int, k: Tensor) -> Tensor | None:
-        """The keys [B W, K] of windowed attention; None for all. The first one ranks them."""
-        static = self.static
-        length = static.bar_lengths[index]
-        if length is None:
-            return None
-        fixed = static.sequences[index]
-        if fixed is not None:
-            return fixed[:length].expand(len(k), -1)
-        if self.window_sequence is None:
-            self.window_sequence = static.ranked(k, static.window_groups)[0]
-        return self.window_sequence[:, :length]
+    def attention(self, index: int, k: Tensor) -> tuple[Tensor | None, Any]:
+        """Of global attention its sequence [B, N] and block mask, of windows their bar's keys.
 
-    def grid_bar(self, index: int, k: Tensor) -> tuple[Tensor, Any]:
-        """Sequence [B, N] and block mask of global attention; the first global block ranks.
-
-        Dense is raster order and None.
+        Dense is None. The first block that needs a ranking makes it.
         """
-        static = self.static
-        if static.sparsity is not None and self.token_order is None:
-            self.grid_sequence, self.token_order = static.ranked(k, static.grid_groups)
-        mask, sequence = static.masks[index], static.sequences[index]
-        if mask is None:
-            sequence = torch.arange(k.shape[2], device=k.device)
-        elif sequence is None:
-            assert self.grid_sequence is not None
-            return self.grid_sequence, mask
-        return sequence.expand(len(k), -1), mask
+        static, is_global = self.static, self.static.is_global[index]
+        layout, fixed = static.layouts[index], static.sequences[index]
+        needed = static.sparsity is not None and (is_global or not layout.is_dense)
+        if needed and is_global not in self.ranked and (is_global or fixed is None):
+            self.ranked[is_global] = static.ranked(k, is_global)
+        if layout.is_dense:
+            return None, None
+        sequence = self.ranked[is_global][0] if fixed is None else fixed.expand(len(k), -1)
+        return (sequence if is_global else sequence[:, : layout.bar_len]), static.masks[index]
 
     def routed_tokens(self, index: int) -> Tensor | None:
         """Tokens [B, M] that the block's MLP runs on, in memory order; None for all."""
         count = self.static.routed[index]
-        if count is None or self.token_order is None:
+        if count is None or True not in self.ranked:
             return None
-        return self.token_order[:, :count].sort(-1).values
-
-
-class Static:
-    """What does not depend on the images.
-
-    Raises:
-        NotRunError: The sparsity is not supported, or its curve leaves tokens over.
-    """
-
-    def __init__(self, config: ImageEncoderConfig, sparsity: Sparsity | None):
-        self.sparsity = sparsity
-        side, window, blocks = config.grid_size, config.window_size, range(config.depth)
-        if sparsity is not None:
-            supported(sparsity)
-            if side * side % sparsity.block_size or window * window % GROUP or side * side % GROUP:
-                raise NotRunError(f"the PyTorch peer needs whole groups and blocks, side {side}")
-        self.layouts = [attention_layout(config, sparsity, i, (side, side)) for i in blocks]
-        self.is_global = [config.is_global(i) for i in blocks]
-        self.bar_lengths = [None if x.is_dense else x.bar_len for x in self.layouts]
-        self.routed = [num_routed_tokens(config, sparsity, i, (side, side)) for i in blocks]
-        self.grid_groups, self.window_groups = (self._groups(x) for x in (side, window))
-        self.sequences = [self._fixed_sequence(i) for i in blocks]
-        self.masks: list[Any] = [None] * config.depth
-
-    def _groups(self, side: int) -> Tensor | None:
-        if self.sparsity is None:
-            return None
-        order = curve_order(self.sparsity.curve, side, side, self.sparsity.seed)
-        return torch.from_numpy(order.astype(np.int64).reshape(-1, GROUP))
-
-    def _fixed_sequence(self, index: int) -> Tensor | None:
-        """The sequence of a block's attention where no ranking makes it."""
-        groups = self.grid_groups if self.is_global[index] else self.window_groups
-        if self.sparsity is None or groups is None or self.sparsity.ranking in ("group", "block"):
-            return None
-        sequence = stripes(groups, self.sparsity.layout)
-        layout = self.layouts[index]
-        if self.sparsity.ranking == "spread" and not layout.is_dense:
-            spread = spread_sequence(sequence.numpy(), layout.num_bar_blocks, layout.block_kv)
-            sequence = torch.from_numpy(spread)
-        return sequence
-
-    def to(self, device: torch.device | str) -> None:
-        """Move the tables, and make the block masks there; before the first forward."""
-        if self.grid_groups is not None and self.window_groups is not None:
-            self.grid_groups = self.grid_groups.to(device)
-            self.window_groups = self.window_groups.to(device)
-        self.sequences = [None if x is None else x.to(device) for x in self.sequences]
-        masks: dict[BlockLayout, Any] = {}
-        for index, layout in enumerate(self.layouts):
-            if self.is_global[index] and not layout.is_dense:
-                if layout not in masks:
-                    masks[layout] = block_mask(layout, device)
-                self.masks[index] = masks[layout]
-
-    def ranked(self, k: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Attention's ranked sequence [B, N], and all tokens by the importance of their groups."""
-        assert self.sparsity is not None and groups is not None
-        scores = group_scores(k, groups)
-        ranked = groups[scores.argsort(dim=-1, descending=True, stable=True)]  # [B, G, 4]
-        tokens = ranked.flatten(1)
-        if self.sparsity.ranking != "block":
-            return stripes(ranked, self.sparsity.layout), tokens
-        sequence = stripes(groups, self.sparsity.layout)
-        size = self.sparsity.block_size
-        full = len(sequence) // size * size
-        of_token = torch.empty_like(sequence)
-        of_token[groups.flatten()] = torch.arange(len(sequence), device=k.device) // GROUP
-        blocks = sequence[:full].reshape(-1, size)
-        mean = scores[:, of_token[blocks]].mean(-1)  # [B, blocks]
-        order = mean.argsort(dim=-1, descending=True, stable=True)
-        tail = sequence[full:].expand(len(k), -1)
-        return torch.cat([blocks[order].flatten(1), tail], -1), tokens
+        return self.ranked[True][1][:, :count].sort(-1).values
 
 
 def block_mask(layout: BlockLayout, device: torch.device | str) -> Any:

@@ -1,15 +1,16 @@
 """The process of a case: `pool` hands it a module and the arguments of its `build`.
 
-It answers in JSON lines: that it is ready, and once it is told to go, what it measured.
+It answers that it is ready, and what it measured whenever it is told to go.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import json
 import os
-import sys
+import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,51 +37,32 @@ class Program(NamedTuple):
     notes: Record
 
 
-def serve() -> None:
-    """Build the cases that come in, one after the other; time each when its turn comes."""
-    # Libraries print to standard output too; the protocol keeps it for itself.
-    protocol = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def send(answer: Record) -> None:
-        protocol.write(json.dumps(answer) + "\n")
-        protocol.flush()
-
-    for line in sys.stdin:
-        request = json.loads(line)
-        program = _built(request["module"], request["arguments"], send)
-        if program is None or program.measure is None or sys.stdin.readline().strip() != "go":
-            continue
-        try:
-            send(program.measure())
-        except Exception as error:
-            send({"not_run": f"{type(error).__name__}: {_one_line(error)}", "failed": True})
+def serve(pipe: Connection, log: str) -> None:
+    """Build the cases that come in, one after the other; time each as often as it is told to."""
+    os.setpgrp()  # Ctrl-C is the parent's to handle
+    with open(log, "w", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    with contextlib.suppress(EOFError):
+        while True:
+            _one(pipe, *pipe.recv())
 
 
-def _built(
-    module: str, arguments: dict[str, Any], send: Callable[[Record], None]
-) -> Program | None:
-    """The case, after its output is written and the parent knows; None where it cannot run."""
-    output = arguments.pop("output")
+def _one(pipe: Connection, module: str, arguments: dict[str, Any]) -> None:
     try:
         program: Program = importlib.import_module(module).build(**arguments)
+        timed = program.measure is not None
+        pipe.send(program.notes | {"output": program.output, "timed": timed})
+        while program.measure and pipe.recv() == "go":
+            pipe.send(program.measure())
     except (NotRunError, ImportError) as error:
-        send({"not_run": _one_line(error)})
-        return None
+        pipe.send({"not_run": _one_line(error)})
+    except EOFError:
+        raise
     except Exception as error:  # a case may not fit or not compile: the table says so
-        sys.excepthook(type(error), error, error.__traceback__)
-        send({"not_run": f"{type(error).__name__}: {_one_line(error)}", "failed": True})
-        return None
-    if program.output is not None:
-        np.save(output, program.output)
-    send({**program.notes, "timed": program.measure is not None})
-    return program
+        traceback.print_exc()
+        pipe.send({"not_run": f"{type(error).__name__}: {_one_line(error)}", "failed": True})
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
-
-
-if __name__ == "__main__":
-    # By its name, so that what is raised and what is caught here are the same class.
-    importlib.import_module("benchmarks.run.process").serve()

@@ -1,4 +1,4 @@
-"""How timed runs are summarised: median and quartiles, never the mean."""
+"""How runs are timed and summarised: median and quartiles, never the mean."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.records import Record
 
 
 class Spread(NamedTuple):
@@ -31,6 +35,49 @@ class Spread(NamedTuple):
         return cls(median, q1, q3, len(times_ms))
 
 
+class Runnable(NamedTuple):
+    """What a peer builds: a program that has run once, whatever its framework.
+
+    Attributes:
+        launch: Starts a launch and returns its result, which may not be there yet.
+        wait: Waits for a result, and returns it.
+        output: Of the first run, float32: what is compared.
+        notes: What the record says even where nothing is timed.
+        start_peak: Forgets the peak of memory until now, where the framework can.
+        peak: The peak of memory since then, as the record has it.
+        runs: Runs of the function in a launch.
+    """
+
+    launch: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    output: np.ndarray
+    notes: Record
+    start_peak: Callable[[], None]
+    peak: Callable[[], Record]
+    runs: int = 1
+
+    def call(self) -> Any:
+        """Launch and wait."""
+        return self.wait(self.launch())
+
+    def queued_ms(self, launches: int) -> float:
+        """Wall time of a run where every launch comes before the one before it has ended."""
+        start = time.perf_counter()
+        for _ in range(launches - 1):
+            self.launch()
+        self.call()
+        return (time.perf_counter() - start) * 1e3 / launches / self.runs
+
+    def measure_queued(self, runs: int, loops: int) -> Record:
+        """Spread over `runs` times of about `loops` queued runs each, and the peak of memory."""
+        launches = max(1, loops // self.runs)
+        self.start_peak()
+        for _ in range(2):
+            self.queued_ms(launches)
+        spread = Spread.of([self.queued_ms(launches) for _ in range(runs)])
+        return spread._asdict() | self.peak()
+
+
 def time_ms(call: Callable[[], Any]) -> float:
     """Wall time of one call; the call itself must wait for its result."""
     start = time.perf_counter()
@@ -38,10 +85,7 @@ def time_ms(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def queued_ms(launch: Callable[[], Any], wait: Callable[[Any], Any], runs: int) -> float:
-    """Wall time of a run where every run is launched before the one before it has ended."""
-    start = time.perf_counter()
-    for _ in range(runs - 1):
-        launch()
-    wait(launch())
-    return (time.perf_counter() - start) * 1e3 / runs
+def median_ms(call: Callable[[], Any], runs: int) -> float:
+    """Median wall time of calls that wait for their results, after one that is not timed."""
+    call()
+    return Spread.of([time_ms(call) for _ in range(runs)]).median_ms

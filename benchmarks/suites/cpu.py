@@ -1,312 +1,176 @@
-"""The encoder on a CPU: XLA, dense and sparse, beside transformers' PyTorch on the same weights."""
+"""The encoder on a CPU: XLA, dense and sparse, beside transformers' PyTorch on the same weights.
+
+Every peer has the same processors, threads and input, in float32. The dense encoders are compared
+with the first of PyTorch's, sparse ones must be finite and are compared with our dense one. Timed
+runs take turns, so that what the machine does meanwhile hits all alike.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
+import multiprocessing
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import typer
 
-from benchmarks import records
+from benchmarks import peers, records
 from benchmarks.cases import shapes
-from benchmarks.records import Record, Write
-from benchmarks.run.timing import Spread
-from benchmarks.worker import CheckError, Job, NotRunError, Worker
+from benchmarks.cases.encoder_cases import EncoderCase
+from benchmarks.records import Record
+from benchmarks.run import machine
+from benchmarks.run.options import Densities, SuiteOptions, Warmups
+from benchmarks.run.pool import Job, labels, relative_error
+from benchmarks.run.process import Program
+from benchmarks.run.timing import time_ms
+from benchmarks.suites import jobs as jobs_of
+from sparsesam_jax.config import Sparsity
 
-TORCH_IMPLEMENTATIONS = ("eager", "sdpa")
+TORCH = ("transformers-eager", "transformers")
 # Share of the largest feature: float32 through a whole encoder, its sums in another order.
 MAX_DENSE_ERROR = 2e-4
+KEYS = ("peer", "implementation", "density")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to measure.
+class Options(SuiteOptions):
+    """What to measure; `densities` are those of our encoder beside the dense one."""
 
-    Attributes:
-        model: A name of `shapes.MODELS`.
-        densities: Densities of our encoder beside the dense one.
-        batch: Images a run.
-        threads: Processors and threads of every peer.
-        runs: Timed runs of each peer; the peers take turns.
-        warmups: Untimed runs of each.
-        keep_memory: Whether every peer's allocator keeps freed memory, see `worker.Job`.
-    """
+    turns = True
+    quick_fields: ClassVar = {"runs": 9, "warmups": 2}
 
-    model: str = "vit_b"
-    densities: tuple[float, ...] = (0.3,)
-    batch: int = 1
-    threads: int = 1
-    runs: int = 9
-    warmups: int = 2
-    keep_memory: bool = False
+    model: Annotated[str, typer.Option(help="vit_t, vit_b, vit_l or vit_h.")] = "vit_b"
+    densities: Densities = (0.3,)
+    batch: Annotated[int, typer.Option(help="Images a run.")] = 1
+    threads: Annotated[int, typer.Option(help="Of every peer. Without it: all processors.")] = (
+        dataclasses.field(default_factory=records.available_cpus)
+    )
+    runs: Annotated[int, typer.Option(help="Timed runs of each peer.")] = 9
+    warmups: Warmups = 2
+    keep_memory: Annotated[
+        bool, typer.Option("--keep-memory", help="Let glibc keep freed memory, for all alike.")
+    ] = False
 
     def __post_init__(self) -> None:
-        shapes.model_config(self.model)
-        for name in ("batch", "threads", "runs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        super().__post_init__()
         if self.threads > records.available_cpus():
             raise ValueError(
                 f"threads must be at most the processors at hand ({records.available_cpus()}), "
                 f"got {self.threads}"
             )
-        if self.warmups < 0:
-            raise ValueError(f"warmups must not be negative, got {self.warmups}")
         for density in self.densities:
             if not 0 < density < 1:
                 raise ValueError(f"density must lie in (0, 1) beside dense, got {density}")
 
 
-@dataclasses.dataclass
-class Case:
-    """One peer in one setting: its job, and what became of it."""
-
-    job: Job
-    worker: Worker | None = None
-    output: np.ndarray | None = None
-    not_run: str | None = None
-    reference: str | None = None
-    max_error: float | None = None
-    relative_error: float | None = None
-    peak_mib: float | None = None
-    times_ms: list[float] = dataclasses.field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """What the table calls it."""
-        job = self.job
-        return f"{job.peer} {job.implementation}" + ("" if job.density == 1 else f" {job.density}")
-
-
-def run(options: Options, write: Write, console: Console) -> bool:
-    """Measure, write one record a peer, print the table.
-
-    Returns:
-        Whether all was measured; False after Ctrl-C, which keeps what was measured until then.
-
-    Raises:
-        CheckError: Outputs differ by more than float32 explains, so nothing is timed.
-    """
-    complete = True
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        cases = _cases(options, Path(folder))
-        try:
-            _start(options, cases, Path(folder), stack, console)
-            check(cases)
-            _time(options, cases, console)
-        except KeyboardInterrupt:
-            # An impatient second Ctrl-C must not lose what was measured.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            complete = False
-    results = _records(options, cases)
-    for record in results:
-        write(record)
-    console.print(_table(options, results))
-    for record in results:
-        if record["not_run"] is not None:
-            console.print(f"{record['name']}: not run: {record['not_run']}", markup=False)
-    if not complete:
-        console.print("Interrupted: the medians are over the runs until then.")
-    return complete
-
-
-def _cases(options: Options, folder: Path) -> list[Case]:
+def jobs(options: Options) -> list[Job]:
     """PyTorch first, since ours is checked against it."""
-
-    def case(peer: str, implementation: str, weights: str, density: float = 1.0) -> Case:
-        output = folder / f"{peer}-{implementation}-{density}.npy"
-        job = Job(
-            peer=peer,
-            implementation=implementation,
-            weights=str(folder / weights),
-            pixels=str(folder / "pixels.npy"),
-            output=str(output),
-            threads=options.threads,
-            warmups=options.warmups,
-            density=density,
-            keep_memory=options.keep_memory,
-        )
-        return Case(job)
-
-    return [
-        *(case("transformers", name, "huggingface") for name in TORCH_IMPLEMENTATIONS),
-        *(case("sparsesam_jax", "xla", "native.safetensors", r) for r in (1.0, *options.densities)),
-    ]
+    medians: dict[str, float] = {}
+    first, ours = _name(TORCH[0], 1.0), _name("xla", 1.0)
+    cases = [(name, 1.0, first) for name in (*TORCH, "xla")]
+    cases += [("xla", density, ours) for density in options.densities]
+    return [_job(options, *case, medians) for case in cases]
 
 
-def _start(
-    options: Options,
-    cases: list[Case],
-    folder: Path,
-    stack: contextlib.ExitStack,
-    console: Console,
-) -> None:
-    """Write the inputs; then one peer after another compiles, runs once and warms up."""
+def _name(name: str, density: float) -> str:
+    peer = peers.PEERS[name]
+    own = "xla" if peer.ours else peer.attention
+    return labels([peer.package, own, None if density == 1 else density])
+
+
+def _job(
+    options: Options, name: str, density: float, reference: str, medians: dict[str, float]
+) -> Job:
+    peer, label = peers.PEERS[name], _name(name, density)
+    sparsity = None if density == 1 else Sparsity(density)
+    what = EncoderCase(model=options.model, batch=options.batch, sparsity=sparsity)
+
+    def finish(record: Record) -> None:
+        if median := record["median_ms"]:
+            medians[label] = median
+            record["ms_per_image"] = median / options.batch
+        if peer.ours and median:
+            torch = [medians[n] for n in (_name(t, 1.0) for t in TORCH) if n in medians]
+            dense = medians.get(_name("xla", 1.0))
+            record["ratio_to_pytorch"] = median / min(torch) if torch else None
+            record["speedup_over_dense"] = dense / median if dense else None
+
+    empty = ("q1_ms", "q3_ms", "ms_per_image", "peak_mib", "compile_s", "reference", "max_error")
+    empty += ("relative_error", "ratio_to_pytorch", "speedup_over_dense")
+    own: Record = {name: getattr(options, name) for name in ("threads", "warmups", "keep_memory")}
+    own |= {"image_size": what.config.image_size, "density": density, "name": label}
+    own |= {"device": records.cpu_name(), "implementation": "xla" if peer.ours else peer.attention}
+    case = dataclasses.asdict(what)
+    job = jobs_of.timed(
+        "cpu",
+        name,
+        __name__,
+        label,
+        dict(case=case, threads=options.threads, warmups=options.warmups),
+        case | jobs_of.DRAWN | dict.fromkeys(empty) | own,
+        name=label,
+        reference=None if reference == label else reference,
+        max_error=MAX_DENSE_ERROR if density == 1 else None,
+        errors=errors,
+        finish=finish,
+    )
+    environment = machine.cpu_environment(options.threads, keep_memory=options.keep_memory)
+    return dataclasses.replace(job, label=label, environment=environment)
+
+
+def errors(got: np.ndarray, want: np.ndarray) -> Record:
+    """The largest difference as a share of the largest feature, and relative Frobenius."""
+    largest = float(np.abs(got - want).max() / np.abs(want).max())
+    return {"max_error": largest, "relative_error": relative_error(got, want)}
+
+
+def build(case: Record, implementation: str, threads: int, warmups: int) -> Program:
+    """A peer's encoder, compiled and warmed up; measures one run at a time."""
+    machine.use_processors(threads)
+    what, notes = EncoderCase.of(case), {}
+    shared = (implementation, what.model, what.batch, what.dtype, what.sparsity)
+    encode = peers.builder(implementation, "encoder")
+    if peers.PEERS[implementation].ours:
+        notes["attention"] = "dense" if what.sparsity is None else "Stripe-Sort, default Sparsity"
+        encoder = encode(*shared, own_tables=True)
+    else:
+        import torch
+
+        torch.set_num_threads(threads)
+        with tempfile.TemporaryDirectory() as folder:
+            # By another process, so that JAX is no part of this one's memory.
+            context = multiprocessing.get_context("spawn")
+            writer = context.Process(target=_write_weights, args=(what.model, folder))
+            writer.start()
+            writer.join()
+            encoder = encode(*shared, folder=folder)
+    for _ in range(warmups):
+        encoder.call()
+    known = machine.reset_peak_memory()
+
+    def measure() -> Record:
+        ms = time_ms(encoder.call)
+        return {"ms": ms, "peak_mib": machine.peak_memory_mib() if known else None}
+
+    return Program(encoder.output, measure, encoder.notes | notes)
+
+
+def _write_weights(model: str, folder: str) -> None:
+    """`shapes.random_weights` as a folder that transformers loads."""
     from sparsesam_jax.checkpoints import convert_checkpoint, native
 
-    config = shapes.model_config(options.model)
-    weights = folder / "native.safetensors"
-    native.write(weights, config, shapes.random_weights(config))
-    convert_checkpoint(weights, folder / "huggingface", to="huggingface")
-    np.save(folder / "pixels.npy", shapes.random_pixels(config, options.batch))
-    for case in cases:
-        console.print(f"[dim]starting {case.name}")
-        try:
-            case.worker = Worker(case.job)
-        except NotRunError as error:
-            case.not_run = str(error)
-            continue
-        stack.callback(case.worker.close)
-        case.output = np.load(case.job.output)
+    config, path = shapes.model_config(model), Path(folder) / "native.safetensors"
+    native.write(path, config, shapes.random_weights(config))
+    convert_checkpoint(path, folder, to="huggingface")
 
 
-def check(cases: list[Case]) -> None:
-    """Compare outputs: dense with PyTorch; sparse must be finite, and is compared with our dense.
+def show(results: list[Record], options: Options) -> None:
+    """Print how ours compares."""
+    from benchmarks.report import tables
 
-    Raises:
-        CheckError: A feature is not finite, or dense differs by more than `MAX_DENSE_ERROR`.
-    """
-    outputs = {case.name: case.output for case in cases if case.output is not None}
-    dense = [case for case in cases if case.name in outputs and case.job.density == 1]
-    for case in cases:
-        output = outputs.get(case.name)
-        if output is None:
-            continue
-        if not np.isfinite(output).all():
-            raise CheckError(f"{case.name} must return finite features, got others; nothing timed")
-        comparable = dense[:1] if case.job.density == 1 else dense[-1:]
-        reference = next((c.name for c in comparable if c is not case), None)
-        if reference is None:
-            continue
-        expected = outputs[reference]
-        difference = output - expected
-        case.reference = reference
-        case.max_error = float(np.abs(difference).max() / np.abs(expected).max())
-        case.relative_error = float(np.linalg.norm(difference) / np.linalg.norm(expected))
-        if case.job.density == 1 and case.max_error > MAX_DENSE_ERROR:
-            raise CheckError(
-                f"{case.name} must agree with {reference} within {MAX_DENSE_ERROR} of the "
-                f"maximum, got {case.max_error:.2e}; nothing timed"
-            )
-
-
-def _time(options: Options, cases: list[Case], console: Console) -> None:
-    console.print(f"[dim]timing {options.runs} rounds")
-    for _ in range(options.runs):
-        for case in cases:
-            if case.worker:
-                case.times_ms.append(case.worker.run_ms())
-    for case in cases:
-        case.peak_mib = case.worker.peak_mib() if case.worker else None
-
-
-def _records(options: Options, cases: list[Case]) -> list[Record]:
-    common = {
-        "suite": "cpu",
-        "model": options.model,
-        "batch": options.batch,
-        "dtype": "float32",
-        "image_size": shapes.model_config(options.model).image_encoder.image_size,
-        "weights": shapes.WEIGHTS_DISTRIBUTION,
-        "pixels": shapes.PIXELS_DISTRIBUTION,
-        "device": records.cpu_name(),
-        "threads": options.threads,
-        "warmups": options.warmups,
-        "keep_memory": options.keep_memory,
-        "versions": records.versions(),
-        "commit": records.commit(),
-    }
-    medians = {c.name: Spread.of(c.times_ms).median_ms for c in cases if c.times_ms}
-    torch_ms = min(
-        (medians[c.name] for c in cases if c.job.peer == "transformers" and c.times_ms),
-        default=None,
-    )
-    dense_ms = next(
-        (
-            medians[c.name]
-            for c in cases
-            if c.job.peer == "sparsesam_jax" and c.job.density == 1 and c.times_ms
-        ),
-        None,
-    )
-    return [_record(options, case, common, torch_ms, dense_ms) for case in cases]
-
-
-def _record(
-    options: Options,
-    case: Case,
-    common: dict[str, Any],
-    torch_ms: float | None,
-    dense_ms: float | None,
-) -> Record:
-    ours = case.job.peer == "sparsesam_jax"
-    spread = Spread.of(case.times_ms) if case.times_ms else None
-    median = spread.median_ms if spread else None
-    not_run = case.not_run or (None if spread else "interrupted before its first timed run")
-    ready = case.worker.ready if case.worker else {}
-    return {
-        **common,
-        "name": case.name,
-        "peer": case.job.peer,
-        "implementation": case.job.implementation,
-        "density": case.job.density,
-        "not_run": not_run,
-        "median_ms": median,
-        "q1_ms": spread.q1_ms if spread else None,
-        "q3_ms": spread.q3_ms if spread else None,
-        "ms_per_image": median / options.batch if median else None,
-        "runs": len(case.times_ms),
-        "times_ms": case.times_ms,
-        "compile_s": ready.get("compile_s"),
-        "peak_mib": case.peak_mib,
-        "reference": case.reference,
-        "max_error": case.max_error,
-        "relative_error": case.relative_error,
-        "ratio_to_pytorch": median / torch_ms if ours and median and torch_ms else None,
-        "speedup_over_dense": dense_ms / median if ours and median and dense_ms else None,
-        **ready.get("notes", {}),
-    }
-
-
-def _table(options: Options, results: list[Record]) -> Table:
-    first = results[0]
-    table = Table(
-        title=f"{options.model}, batch {options.batch}, float32, {first['image_size']} pixels; "
-        f"{first['device']}, {options.threads} threads",
-        caption="x torch: the median over that of the faster PyTorch peer. Faster: than our dense. "
-        "MiB: peak resident memory of the process in the timed runs. Error: of the largest "
-        "feature, dense against PyTorch, sparse against our dense.",
-        box=box.SIMPLE,
-        padding=0,
-    )
-    table.add_column("peer", no_wrap=True)
-    for column in ("median ms", "quartiles", "x torch", "faster", "compile s", "MiB", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for r in results:
-        if r["not_run"] is None:
-            table.add_row(
-                r["name"],
-                _milliseconds(r["median_ms"]),
-                f"{_milliseconds(r['q1_ms'])}-{_milliseconds(r['q3_ms'])}",
-                _number(r["ratio_to_pytorch"], ".2f"),
-                _number(r["speedup_over_dense"], ".2f"),
-                _number(r["compile_s"], ".1f"),
-                _number(r["peak_mib"], ".0f"),
-                _number(r["max_error"], ".0e"),
-            )
-    return table
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
-
-
-def _milliseconds(value: float) -> str:
-    return format(value, ".1f" if value < 100 else ".0f")
+    columns = {key: f"{{{key}}}" for key in KEYS}
+    columns |= {"x PyTorch ↓": "{ratio_to_pytorch:.2f}", "x dense ↑": "{speedup_over_dense:.2f}"}
+    caption = "The median over that of the faster PyTorch peer, and our dense one's over it."
+    tables.print_table(f"Ratios, {options.threads} threads", columns, results, caption)

@@ -13,59 +13,53 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
 
-from benchmarks.cases import shapes
-from benchmarks.cases.kernel_cases import INPUT, OPS, Case, check
+import typer
+
+from benchmarks import peers
+from benchmarks.cases.kernel_cases import INPUT, OPS, Case
 from benchmarks.records import Record
-from benchmarks.run import machine
-from benchmarks.run.pool import Job, RunOptions, labels
-from benchmarks.suites import ceilings
+from benchmarks.run.options import (
+    Batches,
+    Densities,
+    Dtype,
+    Implementations,
+    Loops,
+    Models,
+    SuiteOptions,
+    check_name,
+)
+from benchmarks.run.pool import Job
+from benchmarks.run.process import Program
+from benchmarks.suites import jobs as jobs_of
+from benchmarks.suites.ceilings import Rates
 
-OURS = ("mosaic_gpu", "xla")
-TORCH = {
-    "stripe": ("eager", "sdpa", "compile", "flex", "segment-anything-fast"),
-    "window": ("eager", "sdpa", "compile"),
-    "mlp": ("eager", "compile"),
-}
-TORCH_SPARSE = {"stripe": ("flex",), "window": ("sdpa", "compile"), "mlp": ("eager", "compile")}
 MAX_ERROR = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
+KEYS = ("op", "model", "batch", "density", "order", "peer", "implementation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
-    """What to measure: every combination; of each op all that computes it.
+class Options(SuiteOptions):
+    """What to measure: every combination; of each op all that computes it."""
 
-    Attributes:
-        models: Names of `shapes.MODELS`.
-        batches: Images.
-        densities: 1 is dense.
-        ops: Of `kernel_cases.OPS`.
-        implementations: Of all that there are; None is all.
-        dtype: Of inputs and outputs.
-        loops: Runs of the function that are timed together.
-    """
+    quick_fields: ClassVar = {"densities": (0.3,)}
+    implementation_names = tuple(dict.fromkeys(itertools.chain(*map(peers.names, OPS))))
 
-    models: Sequence[str] = ("vit_l",)
-    batches: Sequence[int] = (8, 1)
-    densities: Sequence[float] = (1.0, 0.3)
-    ops: Sequence[str] = OPS
-    implementations: Sequence[str] | None = None
-    dtype: str = "bfloat16"
-    loops: int = 10
+    models: Models = ("vit_l",)
+    batches: Batches = (8, 1)
+    densities: Densities = (1.0, 0.3)
+    ops: Annotated[
+        Sequence[str], typer.Option("--op", help="stripe, window or mlp. Without it: all.")
+    ] = OPS
+    implementations: Implementations = implementation_names
+    dtype: Dtype = "bfloat16"
+    loops: Loops = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for case in self.cases():
-            check(case)
-        known = {*OURS, *itertools.chain(*TORCH.values())}
-        for name in self.implementations or ():
-            if name not in known:
-                expected = ", ".join(sorted(known))
-                raise ValueError(f"implementation must be one of {expected}; got {name!r}")
-        if self.loops < 1:
-            raise ValueError(f"loops must be positive, got {self.loops}")
-        if self.dtype not in MAX_ERROR:
-            raise ValueError(f"dtype must be one of {', '.join(MAX_ERROR)}; got {self.dtype!r}")
+        for op in self.ops:
+            check_name("op", op, OPS)
 
     def cases(self) -> list[Case]:
         """The functions and shapes."""
@@ -80,95 +74,94 @@ class Options(RunOptions):
         return found
 
 
-QUICK = Options(
-    models=(shapes.QUICK_MODEL,),
-    batches=(1,),
-    densities=(0.3,),
-    dtype="float32",
-    runs=3,
-    loops=1,
-    width=1,
-)
-
-
 def jobs(options: Options) -> list[Job]:
     """All cases; the ceilings and each case's reference first."""
-    rates: dict[tuple[str, int], list[Record]] = {}
-    found = []
-    for model, batch in itertools.product(options.models, options.batches):
-        job = ceilings.job(
-            model, batch, dtype=options.dtype, runs=options.runs, loops=options.loops
-        )
-
-        def keep(record: Record, key: tuple[str, int] = (model, batch)) -> None:
-            if not record["not_run"]:
-                rates.setdefault(key, []).append(record)
-
-        found.append(dataclasses.replace(job, finish=keep))
+    rates = Rates()
+    found = rates.jobs(options)
     for case in options.cases():
-        torch = TORCH[case.op] if case.density == 1 else TORCH_SPARSE[case.op]
-        if case.order == "tiles":  # for PyTorch the same as groups
-            torch = ()
-        names = [
-            name
-            for name in (*OURS, *torch)
-            if options.implementations is None or name in options.implementations
-        ]
-        found.append(_reference(case))
-        found += [_job(options, case, name, rates) for name in names]
+        found.append(reference(case, "kernels"))
+        for name in peers.names(case.op, case.density):
+            tiles = case.order == "tiles"  # for PyTorch the same as groups
+            if name in options.implementations and (peers.PEERS[name].ours or not tiles):
+                found.append(_job(options, case, name, rates))
     return found
 
 
-def _reference(case: Case) -> Job:
-    arguments = dict(
-        case=dataclasses.asdict(case), implementation="xla", runs=0, loops=1, reference=True
-    )
-    return Job(
-        label=f"{case} float32 xla",
-        module="benchmarks.peers.kernels_jax",
-        arguments=arguments,
-        environment=machine.reference_environment(),
-        known={"suite": "kernels", "peer": "reference"},
-        name=str(case),
-    )
+def reference(case: Case, suite: str) -> Job:
+    """A function in float32 by XLA, which cases are compared with."""
+    arguments = dict(case=dataclasses.asdict(case))
+    return jobs_of.reference(suite, str(case), __name__, arguments)
 
 
-def _job(
-    options: Options, case: Case, name: str, rates: dict[tuple[str, int], list[Record]]
-) -> Job:
-    ours = name in OURS
+def _job(options: Options, case: Case, name: str, rates: Rates) -> Job:
+    found = job(case, name, "kernels", runs=options.runs, loops=options.loops)
 
     def finish(record: Record) -> None:
-        if record["not_run"] or record["median_ms"] is None:
-            return
-        record["ms_per_image"] = record["median_ms"] / case.batch
-        record["tflops"] = case.flops / record["median_ms"] / 1e9
-        if found := rates.get((case.model, case.batch)):
-            ceiling = ceilings.summary(found)
+        found.finish(record)
+        ceiling = rates.get(case.model, case.batch)
+        if not record["not_run"] and ceiling:
             rate = ceiling["products" if case.op == "mlp" else "attention"]
             record["ceiling"] = ceiling
             record["ceiling_tflops"] = rate
             record["share_of_ceiling"] = record["tflops"] / rate
 
-    return Job(
-        label=labels([case, name]),
-        module="benchmarks.peers.kernels_jax" if ours else "benchmarks.peers.kernels_torch",
-        arguments=dict(
-            case=dataclasses.asdict(case),
-            implementation=name,
-            runs=options.runs,
-            loops=options.loops,
-        ),
-        environment=machine.jax_environment() if ours else machine.torch_environment(),
-        known={
-            "suite": "kernels",
-            "peer": "sparsesam_jax" if ours else "torch",
-            **dataclasses.asdict(case),
-            "implementation": name,
-            "input": INPUT,
-            "median_ms": None,
-        },
+    return dataclasses.replace(found, finish=finish)
+
+
+def job(case: Case, name: str, suite: str, *, known: Record | None = None, **arguments: Any) -> Job:
+    """A peer's function, timed; `arguments` are those of `build`."""
+
+    def finish(record: Record) -> None:
+        if not record["not_run"]:
+            ms = record.get("kernel_median_ms", record["median_ms"])
+            record["ms_per_image"] = record["median_ms"] / case.batch
+            record["tflops"] = case.flops / ms / 1e9 or None
+
+    given = dataclasses.asdict(case)
+    return jobs_of.timed(
+        suite,
+        name,
+        __name__,
+        case,
+        {"case": given} | arguments,
+        given | {"input": INPUT} | (known or {}),
         reference=str(case),
         max_error=MAX_ERROR[case.dtype],
         finish=finish,
     )
+
+
+def build(
+    case: Record,
+    implementation: str | None = None,
+    runs: int = 0,
+    loops: int | None = None,
+    config: Record | None = None,
+) -> Program:
+    """One function; its output is the last image's.
+
+    Without an implementation it is the reference, without loops a task of tuning.
+    """
+    what = Case(**case)
+    if implementation is None:
+        from benchmarks.peers import jax_kernels
+
+        return Program(jax_kernels.reference_output(what), None, {})
+    if loops is None:
+        return _tuned(what, implementation, runs, config)
+    kernel = peers.builder(implementation, what.op)(implementation, what, loops)
+    return Program(kernel.output, lambda: kernel.measure_queued(runs, loops), kernel.notes)
+
+
+def _tuned(case: Case, implementation: str, runs: int, config: Record | None) -> Program:
+    from benchmarks.peers import jax_kernels
+
+    whole, kernel = jax_kernels.tuned(implementation, case, config)
+
+    def measure() -> Record:
+        alone = kernel.measure_queued(runs, kernel.runs) if kernel else {}
+        names = "median_ms", "q1_ms", "q3_ms"
+        own = {f"kernel_{name}": alone[name] for name in names if alone}
+        return whole.measure_queued(runs, whole.runs) | own
+
+    return Program(whole.output, measure, whole.notes)

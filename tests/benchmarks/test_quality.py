@@ -99,7 +99,7 @@ def test_quality_compares_variants_with_dense(photos: list[str], tmp_path: Path)
         (["--density", "1.5"], "density must lie in (0, 1], got 1.5"),
         (["--batch", "0"], "batch must be positive, got 0"),
         (["--dtype", "int8"], "dtype must be one of float32, float16, bfloat16; got 'int8'"),
-        (["--weights", "absent"], "weights must be one of the embedded"),
+        (["--weights", "absent"], "weights must be the name of embedded ones"),
         (["--masks", "absent"], "masks must be a folder, got 'absent'"),
     ],
 )

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.variants import Variant
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
 from benchmarks.cases import shapes
+from benchmarks.report import quality_document
+from benchmarks.suites.quality.variants import Variant
 from sparsesam_jax import Sparsity
 
 ROOT = Path(__file__).resolve().parents[2]

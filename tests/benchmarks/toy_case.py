@@ -20,6 +20,6 @@ def build(scale: float, timed: bool = True, seconds: float = 0) -> Program:
         os._exit(3)
     if scale == -2:
         raise NotRunError("no such device")
-    spread = {"median_ms": scale, "q1_ms": scale, "q3_ms": scale}
+    spread = {"median_ms": scale, "q1_ms": scale, "q3_ms": scale, "ms": scale}
     measure = (lambda: dict(spread)) if timed else None
     return Program(np.full(4, scale, np.float32), measure, {"note": "a toy"})
