@@ -206,9 +206,12 @@ def attend_by_groups(
     assert config is not None, "the public function checks that a configuration fits"
     needed = image_bytes(grid, heads, head_dim, qkv.dtype, **options)
     items = Schedule(layout, config, heads, 1).num_items
+    groups = image_groups(batch, items, config.num_programs, needed)
     out, own_sequence = None, sequence
-    for images in image_groups(batch, items, config.num_programs, needed):
-        if out is not None:
+    if len(groups) > 1:  # the first group writes in place too: groups of a size share a kernel
+        out = blocks.tiling.view(lax.empty((batch, height, width, heads, head_dim), qkv.dtype))
+    for images in groups:
+        if images.start:
             qkv, own_sequence, out = _together(qkv, own_sequence, out)
         statics, operands = prepare(
             qkv,

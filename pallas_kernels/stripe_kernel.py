@@ -143,7 +143,8 @@ def launch(
             Sequences: of the launch's images alone, like operands and table always.
         operands: The position bias.
         table: `stripe_schedule.step_table`, int32.
-        out: What another launch returned, for other images; None where this is the first.
+        out: What another launch returned, for other images, or anything where this is the first of
+            several; None where this is the only one.
 
     Returns:
         Attention's output [B, Gh, Gw, H, D], as `Tiling.view` sees it. Other images are as in out,

@@ -21,5 +21,10 @@ settings.register_profile("project", deadline=None, derandomize=True, max_exampl
 settings.load_profile("project")
 
 # What reads PyTorch's files or runs beside it is tested where it is: the extra `test` brings it.
-needs_torch = ["benchmarks/test_benchmarks*", "checkpoints/*", "test_readme*"]
+needs_torch = [
+    "benchmarks/test_benchmarks*",
+    "checkpoints/*",
+    "segment_anything/*",
+    "test_readme*",
+]
 collect_ignore_glob = [] if importlib.util.find_spec("torch") else needs_torch

@@ -150,7 +150,7 @@ def predictor(implementation: str, model: str, dtype: str, density: float = 1.0)
             "preprocess": lambda: jax.block_until_ready(transforms.resize_and_pad(image, side)[0]),
             "encoder": set_image,
             "decoder": decoder,
-            "upscale": lambda: transforms.resize_masks(low_res, len(low_res), *frame),
+            "upscale": lambda: transforms.resize_masks(low_res, range(len(low_res)), *frame),
         }
 
     where = transforms.__name__.rpartition(".")[2]

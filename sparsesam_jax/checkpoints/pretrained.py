@@ -15,11 +15,12 @@ from sparsesam_jax.checkpoints import native
 from sparsesam_jax.checkpoints.conversion import Dtype, cast, write_checkpoint
 from sparsesam_jax.checkpoints.errors import few
 from sparsesam_jax.checkpoints.native import TensorSpec
-from sparsesam_jax.checkpoints.reading import open_checkpoint
+from sparsesam_jax.checkpoints.reading import Checkpoint, open_checkpoint
 from sparsesam_jax.checkpoints.rules import Format
 from sparsesam_jax.checkpoints.sources import locate
 from sparsesam_jax.config import SamConfig, Sparsity
-from sparsesam_jax.model.sam import SamModel
+from sparsesam_jax.model.compiled import CompiledSam
+from sparsesam_jax.model.sam import Model, SamModel
 
 
 class Sam(SamModel):
@@ -59,10 +60,7 @@ class Sam(SamModel):
                 not fit `param_dtype`, an argument is none of its choices, or the sparsity does not
                 fit the model.
         """
-        path = locate(name_or_path)
-        # The parameters are made another dtype here in any case.
-        dtypes = (*native.DTYPES, "float64")
-        checkpoint = open_checkpoint(path, config=config, dtypes=dtypes)
+        checkpoint = _open(name_or_path, config)
         abstract = cls.abstract(
             checkpoint.config,
             sparsity=sparsity,
@@ -72,21 +70,42 @@ class Sam(SamModel):
             implementation=implementation,
             remat=remat,
         )
-        graphdef, state = nnx.split(abstract)
-        loaded, not_finite = [], []
-        for key, leaf in nnx.to_flat_state(state):
-            name = _name(key)
-            array = cast(checkpoint.load(name), leaf.dtype.name, name)
-            if check_finite and not np.isfinite(array).all():
-                not_finite.append(name)
-            # A copy: what a checkpoint loads may be a view of its file.
-            loaded.append((key, leaf.replace(jnp.array(array))))
-        if not_finite:
-            raise ValueError(
-                f"{path}: weights must be finite, got NaN or an infinity in {few(not_finite)}; "
-                "check_finite=False loads them as they are"
-            )
-        return nnx.merge(graphdef, nnx.from_flat_state(loaded))
+        return _filled(abstract, checkpoint, check_finite=check_finite)
+
+    @classmethod
+    def decoder_from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike | None = None,
+        config: SamConfig | None = None,
+        check_finite: bool = True,
+    ) -> Self:
+        """Load a model that only decodes: the image encoder's weights are not kept in memory.
+
+        Args:
+            name_or_path: As for `from_pretrained`; likewise all others.
+            dtype: See `from_pretrained`.
+            param_dtype: See `from_pretrained`.
+            config: See `from_pretrained`.
+            check_finite: See `from_pretrained`.
+
+        Returns:
+            A model without `image_encoder`, for `SamPredictor` and embeddings that were saved.
+
+        Raises:
+            ValueError: As `from_pretrained`.
+        """
+        checkpoint = _open(name_or_path, config)
+        param_dtype = dtype if param_dtype is None else param_dtype
+        abstract = cls.abstract(checkpoint.config, dtype=dtype, param_dtype=param_dtype)
+        del abstract.image_encoder
+        return _filled(abstract, checkpoint, check_finite=check_finite)
+
+    def compiled(self) -> CompiledSam:
+        """The model as compiled callables: the fast way to call it, see `CompiledSam`."""
+        return CompiledSam(self)
 
     def save_pretrained(
         self,
@@ -131,6 +150,31 @@ class Sam(SamModel):
             to=format,
             dtype=dtype,
         )
+
+
+def _open(name_or_path: str | os.PathLike[str], config: SamConfig | None) -> Checkpoint:
+    # The parameters are made another dtype in any case.
+    dtypes = (*native.DTYPES, "float64")
+    return open_checkpoint(locate(name_or_path), config=config, dtypes=dtypes)
+
+
+def _filled(abstract: Model, checkpoint: Checkpoint, *, check_finite: bool) -> Model:
+    """A model of shapes with a checkpoint's values for them."""
+    graphdef, state = nnx.split(abstract)
+    loaded, not_finite = [], []
+    for key, leaf in nnx.to_flat_state(state):
+        name = _name(key)
+        array = cast(checkpoint.load(name), leaf.dtype.name, name)
+        if check_finite and not np.isfinite(array).all():
+            not_finite.append(name)
+        # A copy: what a checkpoint loads may be a view of its file.
+        loaded.append((key, leaf.replace(jnp.array(array))))
+    if not_finite:
+        raise ValueError(
+            f"{checkpoint.path}: weights must be finite, got NaN or an infinity in "
+            f"{few(not_finite)}; check_finite=False loads them as they are"
+        )
+    return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
 def _name(key: tuple[Any, ...]) -> str:

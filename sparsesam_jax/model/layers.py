@@ -68,6 +68,11 @@ def gelu(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+def relu(x: Array) -> Array:
+    """`max(x, 0)`; JAX's own is no function that pickles, which models have to."""
+    return jax.nn.relu(x)
+
+
 def linear(
     inputs: int, outputs: int, *, use_bias: bool = True, dtypes: DTypes, rngs: nnx.Rngs
 ) -> nnx.Linear:

@@ -20,6 +20,7 @@ from sparsesam_jax.model.layers import (
     gelu,
     linear,
     norm,
+    relu,
 )
 
 # Meta's transformer takes torch's default epsilon, its LayerNorm2d 1e-6.
@@ -194,7 +195,7 @@ class TwoWayAttentionBlock(nnx.Module):
         self.cross_attn_token_to_image = DecoderAttention(channels, inner, heads, **options)
         self.cross_attn_image_to_token = DecoderAttention(channels, inner, heads, **options)
         self.mlp = MLPBlock(
-            channels, config.decoder_mlp_dim, activation=jax.nn.relu, dtypes=dtypes, rngs=rngs
+            channels, config.decoder_mlp_dim, activation=relu, dtypes=dtypes, rngs=rngs
         )
         self.norm1 = norm(channels, _TRANSFORMER_EPSILON, **options)
         self.norm2 = norm(channels, _TRANSFORMER_EPSILON, **options)

@@ -12,6 +12,7 @@ from sparsesam_jax.model import initial
 from sparsesam_jax.model.layers import DTypes, conv, embedding, gelu, norm
 
 # Labels of points. The first three are SAM's; corners are points too, as in SAM's ONNX export.
+PADDING = -10  # fills prompts up in transformers: a token of zeros, which is attended to
 ABSENT = -2  # fills a prompt up to a common length; masked out of every attention
 NOT_A_POINT = -1  # SAM adds one to points that come without a box
 BACKGROUND = 0
@@ -78,6 +79,7 @@ class PromptEncoder(nnx.Module):
         kind = kinds[jnp.clip(labels, 0)]
         is_point = (labels >= 0)[..., None]
         tokens = jnp.where(is_point, position + kind, self.not_a_point_embed.embedding[0])
+        tokens = jnp.where((labels == PADDING)[..., None], 0, tokens)
         if mask_input is None:
             dense = self.no_mask_embed.embedding[0]
         else:

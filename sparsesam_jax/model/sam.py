@@ -16,7 +16,7 @@ from sparsesam_jax.config import Grid, SamConfig, Sparsity
 from sparsesam_jax.model.image_encoder import AttentionTables, ImageEncoder
 from sparsesam_jax.model.layers import DTypes
 from sparsesam_jax.model.mask_decoder import MaskDecoder
-from sparsesam_jax.model.prompt_encoder import ABSENT, NOT_A_POINT, PromptEncoder
+from sparsesam_jax.model.prompt_encoder import ABSENT, BOX_TOP_LEFT, NOT_A_POINT, PromptEncoder
 from sparsesam_jax.model.transforms import (
     MASK_THRESHOLD,
     mask_resize_matrices,
@@ -139,7 +139,8 @@ class SamModel(nnx.Module):
             embedding: What `encode` returned.
             points: (x, y) in pixels of the padded input.
             labels: 1 foreground, 0 background, 2 and 3 a box's top-left and bottom-right corner,
-                -1 the point that SAM adds to points without a box, -2 absent.
+                -1 the point that SAM adds to points without a box, -2 absent, -10 transformers'
+                padding (a token of zeros, as there).
             mask_input: Mask logits of an earlier prediction.
             multimask_output: Whether to return the proposals instead of the single-mask output.
             hq_token_only: SAM-HQ: its own mask alone instead of the sum with SAM's.
@@ -238,8 +239,8 @@ def add_padding_point(
 ) -> tuple[Float[Array, "*batch T+1 2"], Int[Array, "*batch T+1"]]:
     """Give every prompt that has points but no box the extra point that SAM adds to those."""
     labels = labels.astype(jnp.int32)  # in a bool or an unsigned integer, -1 is another label
-    has_points: Bool[Array, "*batch"] = ((labels == 0) | (labels == 1)).any(-1, keepdims=True)
-    has_box = (labels >= 2).any(-1, keepdims=True)
+    has_points = ((labels < BOX_TOP_LEFT) & (labels != ABSENT)).any(-1, keepdims=True)
+    has_box = (labels >= BOX_TOP_LEFT).any(-1, keepdims=True)
     extra = jnp.where(has_points & ~has_box, NOT_A_POINT, ABSENT)
     points = jnp.concatenate([points, jnp.zeros_like(points[..., :1, :])], axis=-2)
     return points, jnp.concatenate([labels, extra], axis=-1)

@@ -115,28 +115,32 @@ def resize_mask_logits(
 
 
 def resize_masks(
-    low_res: Float[Array | np.ndarray, "P K h w"],
-    count: int,
+    low_res: Float[Array | np.ndarray, "*batch K h w"],
+    prompts: range,
     image_size: tuple[int, int],
     input_size: tuple[int, int],
     original_size: tuple[int, int],
     *,
     return_logits: bool = False,
 ) -> Bool[np.ndarray, "count K height width"] | Float[np.ndarray, "count K height width"]:
-    """Masks of the first `count` prompts at the photo's size, on the host.
+    """Masks of some prompts at the photo's size, on the host.
 
     Args:
-        low_res: Mask logits; prompts behind the first `count` fill up the batch.
-        count: Prompts.
+        low_res: Mask logits.
+        prompts: Which prompts, where the leading axes are counted as one.
         image_size: As for `mask_resize_matrices`.
         input_size: As for `mask_resize_matrices`.
         original_size: As for `mask_resize_matrices`.
         return_logits: Whether to return float32 logits instead of booleans.
     """
+    planes = np.asarray(low_res).reshape(-1, *low_res.shape[-3:])
+    dtype = np.float32 if return_logits else np.bool_
+    out = np.empty((len(prompts), planes.shape[1], *original_size), dtype)
     # Prompt by prompt, so that only one prompt's logits exist at the photo's size.
-    frame = (image_size, input_size, original_size)
-    resized = (resize_mask_logits(logits, *frame) for logits in np.asarray(low_res)[:count])
-    return np.stack([x if return_logits else x > MASK_THRESHOLD for x in resized])
+    for masks, prompt in zip(out, prompts, strict=True):
+        logits = resize_mask_logits(planes[prompt], image_size, input_size, original_size)
+        masks[:] = logits if return_logits else logits > MASK_THRESHOLD
+    return out
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,8 +1,9 @@
 """What `SamPredictor` does to photos and masks, on the device and for any photo's size.
 
 A program for every size of photo would be compiled for every new one. So photos and masks travel as
-flat arrays whose length is rounded up, their sides are numbers that the programs read, and what
-depends on a side comes as tables.
+flat arrays of a few lengths, their sides are numbers that the programs read, and what depends on a
+side comes as tables. At SAM's 1024, all photos of up to 4096 pixels a side share five programs, and
+their masks four.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
+from sparsesam_jax.model import transforms as host_transforms
 from sparsesam_jax.model.transforms import MASK_THRESHOLD, mask_resize_matrices, resized_shape
 
 _BITS = 22  # of Pillow's fixed-point weights behind the point
-_MAX_PIXELS = 2**26  # of the masks that one program makes
+_INDICES = 2**31  # what the programs count in
+# Pixels of the masks that one program makes, the least that holds them; more take several calls.
+# The steps are where usual photos lie: three masks of 1200 x 1800 pixels are 6.5 million.
+_MASK_PIXELS = (2**20, 2**23, 2**24, 2**26)
+_MASK_TAPS = 3  # two neighbours of the padded input, each between two of four times coarser logits
+_MASK_SIDE = 4096  # what a photo's side is rounded up to, and to four times that, and so on
 
 
 class Taps(NamedTuple):
@@ -29,6 +36,7 @@ class Taps(NamedTuple):
     weights: Num[Array | np.ndarray, "outputs taps"]
 
 
+@functools.lru_cache(maxsize=256)
 def pillow_taps(inputs: int, outputs: int) -> Taps:
     """Pillow's antialiased bilinear resize of one axis, weights int32 in units of 2^-22.
 
@@ -66,18 +74,27 @@ def resize_and_pad(
     high as wide: there a few pixels are one level off.
     """
     height, width = resized_shape(image.shape[0], image.shape[1], image_size)
-    rows = _resize_taps(image.shape[0], height, image_size)
-    cols = _resize_taps(image.shape[1], width, image_size)
-    flat = np.empty(_rounded(image.size), np.uint8)
+    axes = [pillow_taps(*axis) for axis in zip(image.shape[:2], (height, width), strict=True)]
+    # Photos are of one kind up to the input's side, up to twice, four times, ... that.
+    side, taps = image_size, 3
+    while side < max(image.shape[:2]) or taps < max(axis.weights.shape[1] for axis in axes):
+        side, taps = 2 * side, 2 * taps - 1
+    if 3 * side**2 >= _INDICES:
+        padded, resized = host_transforms.resize_and_pad(image, image_size)
+        return jax.device_put(padded), resized
+    rows, cols = (_padded(axis, image_size, taps) for axis in axes)
+    area = 3 * side**2
+    # Those that are larger than the input are sent as 16:9 or as a square.
+    length = area * 9 // 16 if side > image_size and image.size <= area * 9 // 16 else area
+    flat = np.empty(length, np.uint8)
     flat[: image.size] = image.reshape(-1)
     sides = np.array([image.shape[1], height, width], np.int32)
-    padded = _resize(flat, rows, cols, sides, num_rows=_rounded(image.shape[0]))
-    return padded, (height, width)
+    return _resize(flat, rows, cols, sides, num_rows=side), (height, width)
 
 
 def resize_masks(
-    low_res: Float[Array, "P K h w"],
-    count: int,
+    low_res: Float[Array, "*batch K h w"],
+    prompts: range,
     image_size: tuple[int, int],
     input_size: tuple[int, int],
     original_size: tuple[int, int],
@@ -85,21 +102,20 @@ def resize_masks(
     return_logits: bool = False,
 ) -> Bool[np.ndarray, "count K height width"] | Float[np.ndarray, "count K height width"]:
     """`transforms.resize_masks` on the device; the result is on the host, pinned and read-only."""
-    _, masks, *sides = low_res.shape
-    frame = (tuple(sides), image_size, input_size, original_size)
-    rows, cols = _mask_taps(*frame)
+    *_, masks, low_height, low_width = low_res.shape
+    rows, cols = _mask_taps((low_height, low_width), image_size, input_size, original_size)
     plane = math.prod(original_size)
-    at_once = max(1, _MAX_PIXELS // (masks * plane))
+    total = len(prompts) * masks * plane
+    length = next((length for length in _MASK_PIXELS if length >= total), _MASK_PIXELS[-1])
     parts = []
-    for start in range(0, count, at_once):
-        prompts = min(at_once, count - start)
-        first = np.array([start * masks, *original_size], np.int32)
-        length = _rounded(prompts * masks * plane)
+    for start in range(0, total, length):
+        mask, pixel = divmod(start, plane)
+        place = np.array([prompts.start * masks + mask, pixel, *original_size], np.int32)
         options = {"length": length, "return_logits": return_logits}
-        flat = _resize_flat(low_res, rows, cols, first, **options)
-        parts.append((pinned(flat), (prompts, masks, *original_size)))
-    arrays = [np.asarray(flat)[: math.prod(shape)].reshape(shape) for flat, shape in parts]
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        parts.append(pinned(_resize_flat(low_res, rows, cols, place, **options)))
+    arrays = [np.asarray(part) for part in parts]
+    flat = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return flat[:total].reshape(len(prompts), masks, *original_size)
 
 
 def pinned(x: Array) -> Array:
@@ -110,27 +126,23 @@ def pinned(x: Array) -> Array:
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
 
 
-def _rounded(size: int) -> int:
-    """A size rounded up by less than a quarter, so that few sizes are compiled for."""
-    unit = 1 << max(5, size.bit_length() - 3)
-    return -(-size // unit) * unit
-
-
-def _padded(taps: Taps, outputs: int) -> Taps:
-    """The same with more outputs, which are zero."""
-    extra = outputs - len(taps.first)
-    return Taps(np.pad(taps.first, (0, extra)), np.pad(taps.weights, ((0, extra), (0, 0))))
-
-
-@functools.lru_cache(maxsize=256)
-def _resize_taps(inputs: int, outputs: int, padded: int) -> Taps:
-    return _padded(pillow_taps(inputs, outputs), padded)
+def _padded(axis: Taps, outputs: int, taps: int) -> Taps:
+    """The same with more outputs, which are zero, and more taps, which weigh nothing."""
+    first, weights = axis
+    extra = outputs - len(first)
+    more = taps - weights.shape[1]
+    return Taps(np.pad(first, (0, extra)), np.pad(weights, ((0, extra), (0, more))))
 
 
 @functools.lru_cache(maxsize=256)
 def _mask_taps(*frame: tuple[int, int]) -> tuple[Taps, Taps]:
-    rows, cols = (matrix_taps(matrix) for matrix in mask_resize_matrices(*frame))
-    return _padded(rows, _rounded(len(rows.first))), _padded(cols, _rounded(len(cols.first)))
+    axes = [matrix_taps(matrix) for matrix in mask_resize_matrices(*frame)]
+    side = _MASK_SIDE
+    while side < max(len(axis.first) for axis in axes):
+        side *= 4
+    taps = max(_MASK_TAPS, *(axis.weights.shape[1] for axis in axes))
+    rows, cols = (_padded(axis, side, taps) for axis in axes)
+    return rows, cols
 
 
 @functools.partial(jax.jit, static_argnames="num_rows")
@@ -162,12 +174,12 @@ def _resize(
 
 @functools.partial(jax.jit, static_argnames=("length", "return_logits"))
 def _resize_flat(
-    low_res: Array, rows: Taps, cols: Taps, first: Array, *, length: int, return_logits: bool
+    low_res: Array, rows: Taps, cols: Taps, start: Array, *, length: int, return_logits: bool
 ) -> Bool[Array, " length"] | Float[Array, " length"]:
-    """The masks from `first` on, one after the other; what is behind the last is no mask."""
-    first_mask, height, width = first
+    """The masks from a pixel of one on, one after the other; behind the last there is no mask."""
+    first_mask, first_pixel, height, width = start
     *_, low_height, low_width = low_res.shape
-    place, plane = jnp.arange(length), height * width
+    place, plane = first_pixel + jnp.arange(length), height * width
     mask, inner = first_mask + jax.lax.div(place, plane), jax.lax.rem(place, plane)
     y, x = jax.lax.div(inner, width), jax.lax.rem(inner, width)
     corner = (mask * low_height + rows.first[y]) * low_width + cols.first[x]

@@ -1,47 +1,61 @@
-"""`SamPredictor`: the interface SAM's users know, over jitted encode and decode functions."""
+"""`SamPredictor`: the interface SAM's users know, over a compiled encoder and decoder."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Self, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Num, UInt8
 
-from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.model import transforms as host_transforms
-from sparsesam_jax.model.image_encoder import AttentionTables
-from sparsesam_jax.model.sam import ImageEmbedding
-from sparsesam_jax.model.transforms import normalise
+from sparsesam_jax.model.compiled import CompiledSam
+from sparsesam_jax.model.sam import SamModel
 from sparsesam_jax.predict import device_transforms
-from sparsesam_jax.predict.prompt_arrays import ImagePrompt, ImageSizes, pad_together
+from sparsesam_jax.predict.chunks import PROMPTS, PROMPTS_ON_CPU, Call, Masks, Result, calls
+from sparsesam_jax.predict.embedding import Embedding, fingerprint
+from sparsesam_jax.predict.mask_formats import MaskFormat, check_mask_format
+from sparsesam_jax.predict.prompt_arrays import (
+    MIN_POINTS,
+    ImagePrompt,
+    ImageSizes,
+    PromptArrays,
+    pad_together,
+    power_of_two,
+)
 
-Masks = tuple[np.ndarray, np.ndarray, np.ndarray]
 Transforms = Literal["auto", "host", "device"]
 
 
 class SamPredictor:
     """Embeds an image once and predicts masks for any number of prompts.
 
-    Everything traced has static shapes: images are padded to `image_size`, prompts to a power of
-    two. Whatever the photos' sizes, the encoder compiles once per batch size.
+    Everything traced has static shapes: images are padded to `image_size`, and prompts are decoded
+    in chunks that are filled up to a power of two. Whatever the photos' sizes, the encoder compiles
+    once per batch size.
+
+    The parameters are those that the model has when the predictor is made; `refresh` takes them
+    anew. Predictors pickle and deep-copy. Threads may share one, for an image is set in one step:
+    a prediction is of the image that was set last when it began. A thread that sets images of its
+    own takes `copy.copy(predictor)`, which shares parameters and programs.
 
     Args:
-        sam: The model; its parameters are read once, here.
+        sam: The model; one without image encoder (`Sam.decoder_from_pretrained`) for embeddings.
         image_size: Side of the padded input; None is the model's own.
         transforms: Where photos are resized, to the same pixels, and masks to the photo's size:
-            on the `host`, on the `device`, or `auto`, on the device where that is no CPU. Those
-            of the device are read-only in pinned memory: copy what you keep for long.
+            on the `host`, on the `device`, or `auto`, on the device where that is no CPU. Masks
+            and logits of the device are read-only in pinned memory: copy what you keep for long.
 
     Raises:
         ValueError: `image_size` is no multiple of the patch size, or `transforms` is unknown.
     """
 
-    def __init__(self, sam: Sam, image_size: int | None = None, *, transforms: Transforms = "auto"):
+    def __init__(
+        self, sam: SamModel, image_size: int | None = None, *, transforms: Transforms = "auto"
+    ):
         if transforms not in get_args(Transforms):
             expected = ", ".join(get_args(Transforms))
             raise ValueError(f"transforms must be one of {expected}; got {transforms!r}")
@@ -53,26 +67,65 @@ class SamPredictor:
             )
         self.sam = sam
         self.image_size = image_size
-        host = transforms == "host" or (transforms == "auto" and jax.default_backend() == "cpu")
-        self.transforms = host_transforms if host else device_transforms
-        # The decoder alone, so that models that differ in the encoder's sparsity share its
-        # compilation.
-        decoder = nnx.merge(*nnx.split(sam))
-        del decoder.image_encoder
-        self._encoder, self._decoder = _Program.of(sam), _Program.of(decoder)
-        side = image_size // encoder.patch_size
-        self._tables = sam.image_encoder.tables((side, side))
+        self.on_device = transforms == "device" or (
+            transforms == "auto" and jax.default_backend() != "cpu"
+        )
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the model's parameters anew, after they were changed; the image is forgotten."""
+        self.compiled = CompiledSam(self.sam)
+        self._fingerprint: str | None = None
         self.reset_image()
+
+    def without_encoder(self) -> Self:
+        """The same predictor for embeddings alone, to be sent where the encoder is not needed."""
+        other = object.__new__(type(self))
+        sam = nnx.merge(*nnx.split(self.sam))
+        if hasattr(sam, "image_encoder"):
+            del sam.image_encoder
+        other.__dict__.update(self.__dict__, sam=sam, compiled=self.compiled.without_encoder())
+        return other
 
     def reset_image(self) -> None:
         """Forget the image."""
-        self._embedding: ImageEmbedding | None = None
-        self._sizes: list[ImageSizes] = []
+        self._embedding: Embedding | None = None
 
     @property
     def is_image_set(self) -> bool:
         """Whether an image (or a batch) has been embedded."""
         return self._embedding is not None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the prompt encoder and the mask decoder, see `predict.embedding.fingerprint`."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.compiled.config, self.compiled.decoder_leaves)
+        return self._fingerprint
+
+    @property
+    def embedding(self) -> Embedding:
+        """The image (or batch) that is set, as a thing to keep, to save and to set again.
+
+        Raises:
+            RuntimeError: No image is set.
+            ValueError: Set to an embedding that another decoder's model has made.
+        """
+        return self._require_embedding()
+
+    @embedding.setter
+    def embedding(self, embedding: Embedding) -> None:
+        if embedding.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"embedding must be for this predictor's decoder ({self.fingerprint}), "
+                f"got one for {embedding.fingerprint}"
+            )
+        features, early = (
+            None if x is None else jax.device_put(np.asarray(x).astype(self.compiled.dtype))
+            for x in embedding.arrays
+        )
+        assert features is not None
+        self._embedding = Embedding(features, early, embedding.sizes, embedding.fingerprint)
 
     def set_image(
         self,
@@ -87,40 +140,66 @@ class SamPredictor:
 
         Raises:
             ValueError: The image is no uint8 [height, width, 3] array, or the format is unknown.
+            RuntimeError: The predictor has no image encoder.
         """
         self.set_image_batch([image], image_format)
 
     def set_image_batch(
         self,
-        images: Sequence[UInt8[np.ndarray, "height width 3"]],
+        images: Iterable[UInt8[np.ndarray, "height width 3"]],
         image_format: Literal["RGB", "BGR"] = "RGB",
     ) -> None:
         """Embed several images, of any sizes, at once for `predict_batch`.
 
         Raises:
             ValueError: As `set_image`, or there is no image.
+            RuntimeError: As `set_image`.
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
+        if isinstance(images, np.ndarray) and images.ndim == 3:
+            raise ValueError(f"images must be several images, got one of shape {images.shape}")
+        images = [check_image(image) for image in images]
         if not images:
             raise ValueError("images must hold at least one image, got none")
-        self.reset_image()
-        resize = self.transforms.resize_and_pad
         padded, sizes = [], []
         for image in images:
-            check_image(image)
             rgb = image if image_format == "RGB" else image[..., ::-1]
-            pixels, resized = resize(np.ascontiguousarray(rgb), self.image_size)
+            pixels, resized = self.transforms.resize_and_pad(
+                np.ascontiguousarray(rgb), self.image_size
+            )
             padded.append(pixels)
-            sizes.append(ImageSizes(image.shape[:2], resized))
-        self._embedding = _encode(
-            self._encoder.graph,
-            self._encoder.leaves,
-            self._tables,
-            padded,
-            np.array([s.resized for s in sizes], np.int32),
-        )
-        self._sizes = sizes
+            sizes.append(ImageSizes((image.shape[0], image.shape[1]), resized))
+        # One assignment, so that no thread ever sees one image's features with another's size.
+        self._embedding = self._embed(padded, sizes)
+
+    def embed_resized_images(
+        self,
+        images: Sequence[Num[np.ndarray, "height width 3"]],
+        original_sizes: Sequence[tuple[int, int]],
+    ) -> Embedding:
+        """The embedding of images that have been resized already; it is not set.
+
+        Args:
+            images: RGB, 0 to 255 in any dtype; sides are at most `image_size`.
+            original_sizes: Heights and widths that the images had before, and masks will have.
+
+        Raises:
+            ValueError: An image is larger, or has no pixels.
+            RuntimeError: As `set_image`.
+        """
+        padded, sizes = [], []
+        for image, original in zip(images, original_sizes, strict=True):
+            height, width = image.shape[:2]
+            if not (0 < height <= self.image_size and 0 < width <= self.image_size):
+                raise ValueError(
+                    f"a resized image must have sides of 1 to {self.image_size}, "
+                    f"got shape {image.shape}"
+                )
+            edges = ((0, self.image_size - height), (0, self.image_size - width), (0, 0))
+            padded.append(np.pad(image, edges))
+            sizes.append(ImageSizes((int(original[0]), int(original[1])), (height, width)))
+        return self._embed(padded, sizes)
 
     def get_image_embedding(self) -> Float[Array, "B Gh Gw C"]:
         """The features of the image (or batch) that is set.
@@ -128,7 +207,7 @@ class SamPredictor:
         Raises:
             RuntimeError: No image is set.
         """
-        return self._require_embedding().features
+        return self._require_embedding().features  # pyright: ignore
 
     def predict(
         self,
@@ -139,31 +218,49 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
+        *,
+        mask_format: MaskFormat = "binary",
     ) -> Masks:
         """Predict masks for the image that is set.
 
+        Prompts may be arrays, lists, or tensors of PyTorch, of any dtype.
+
         Args:
-            point_coords: (x, y) in pixels of the image, [T, 2]; or [P, T, 2] for P prompts.
-            point_labels: 1 foreground, 0 background, [T] or [P, T].
-            box: (x0, y0, x1, y1) in pixels of the image, [4] or [P, 4].
+            point_coords: (x, y) in pixels of the image, [T, 2]; or [P, T, 2] for P prompts, or
+                [1, P, T, 2] as transformers has it.
+            point_labels: 1 foreground, 0 background, [T], [P, T] or [1, P, T]; -10 fills prompts
+                up as in transformers: a token of zeros, which is not the same as no point.
+            box: (x0, y0, x1, y1) in pixels of the image. [4], [1, 4], [1, 1, 4] or [2, 2] is one
+                prompt; [P, 4] or [1, P, 4] with P > 1 are P prompts.
             mask_input: Low-resolution logits of an earlier prediction, [1, h, w] or [P, 1, h, w].
             multimask_output: Whether to return the proposals for an ambiguous prompt instead of
                 one mask.
             return_logits: Whether to return logits instead of boolean masks.
             hq_token_only: SAM-HQ: its own mask alone instead of the sum with SAM's.
+            mask_format: `binary`; `packed`: eight pixels a byte; or `rle`: dictionaries as
+                `pycocotools.mask.encode` returns them. See `predict.mask_formats`.
 
         Returns:
             Masks [K, height, width], predicted IoU [K] and low-resolution logits [K, h, w]; with P
-            prompts, each has a leading axis of P. Read-only where they come from the device.
+            prompts, each has a leading axis of P, which may be 0. Masks and logits are read-only
+            where they come from the device. As `rle`, masks are lists of K dictionaries.
 
         Raises:
             RuntimeError: No image is set, or a batch is.
-            ValueError: A prompt has the wrong shape or labels.
+            ValueError: A prompt has the wrong shape or labels, or the format is unknown.
         """
-        if len(self._sizes) > 1:
+        embedding = self._require_embedding()
+        if len(embedding.sizes) > 1:
             raise RuntimeError("predict needs one image; after set_image_batch use predict_batch")
         prompt = ImagePrompt(point_coords, point_labels, box, mask_input)
-        return self._predict([prompt], multimask_output, return_logits, hq_token_only)[0]
+        return self._predict(
+            embedding,
+            [prompt],
+            multimask_output=multimask_output,
+            return_logits=return_logits,
+            hq_token_only=hq_token_only,
+            mask_format=mask_format,
+        )[0]
 
     def predict_batch(
         self,
@@ -174,18 +271,21 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
         hq_token_only: bool = False,
-    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-        """Predict masks for every image that `set_image_batch` set, in one decoder call.
+        *,
+        mask_format: MaskFormat = "binary",
+    ) -> tuple[list[Any], list[np.ndarray], list[np.ndarray]]:
+        """Predict masks for every image that `set_image_batch` set.
 
         Args:
             point_coords_batch: For each image what `predict` takes as `point_coords`; likewise
                 the next three.
             point_labels_batch: See `predict`.
             box_batch: See `predict`.
-            mask_input_batch: See `predict`; given for all images or for none.
+            mask_input_batch: See `predict`.
             multimask_output: See `predict`.
             return_logits: See `predict`.
             hq_token_only: See `predict`.
+            mask_format: See `predict`.
 
         Returns:
             Lists over the images of what `predict` returns.
@@ -194,8 +294,8 @@ class SamPredictor:
             RuntimeError: No image is set.
             ValueError: As `predict`, or a list has another length than the batch.
         """
-        self._require_embedding()
-        count = len(self._sizes)
+        embedding = self._require_embedding()
+        count = len(embedding.sizes)
         columns = []
         for name, values in (
             ("point_coords_batch", point_coords_batch),
@@ -208,74 +308,135 @@ class SamPredictor:
                     f"{name} must have one entry an image ({count}), got {len(values)}"
                 )
             columns.append([None] * count if values is None else values)
-        prompts = [ImagePrompt(*prompt) for prompt in zip(*columns, strict=True)]
-        results = self._predict(prompts, multimask_output, return_logits, hq_token_only)
+        results = self._predict(
+            embedding,
+            [ImagePrompt(*prompt) for prompt in zip(*columns, strict=True)],
+            multimask_output=multimask_output,
+            return_logits=return_logits,
+            hq_token_only=hq_token_only,
+            mask_format=mask_format,
+        )
         masks, iou, low_res = (list(field) for field in zip(*results, strict=True))
         return masks, iou, low_res
 
-    def _require_embedding(self) -> ImageEmbedding:
-        if self._embedding is None:
+    def predict_arrays(
+        self,
+        embedding: Embedding,
+        arrays: Sequence[PromptArrays],
+        *,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+        hq_token_only: bool = False,
+        mask_format: MaskFormat = "binary",
+    ) -> list[Masks]:
+        """`predict` with prompts in the frame of the padded input, for every image.
+
+        Args:
+            embedding: Of the images.
+            arrays: Each image's prompts.
+            multimask_output: See `predict`.
+            return_logits: See `predict`.
+            hq_token_only: See `predict`.
+            mask_format: See `predict`.
+
+        Returns:
+            For each image masks [P, K, height, width], predicted IoU [P, K] and low-resolution
+            logits [P, K, h, w].
+        """
+        check_mask_format(mask_format, return_logits=return_logits)
+        config, (rows, cols) = self.compiled.config, embedding.features.shape[1:3]
+        num_masks = config.num_multimask_outputs if multimask_output and not config.hq else 1
+        patch = config.image_encoder.patch_size
+        results = [
+            Result(a.num_prompts, num_masks, sizes.original, (4 * rows, 4 * cols), mask_format)
+            for a, sizes in zip(arrays, embedding.sizes, strict=True)
+        ]
+
+        def store(call: Call, low_res: Array, iou: Array) -> None:
+            logits = device_transforms.pinned(low_res) if self.on_device else low_res
+            host_logits, host_iou = np.asarray(logits), np.asarray(iou)
+            for place in range(call.images):
+                image = call.image + place
+                stop = min(call.start + call.prompts, arrays[image].num_prompts)
+                count = max(0, stop - call.start)
+                if not count:
+                    continue
+                masks = self.transforms.resize_masks(
+                    low_res,
+                    range(place * call.prompts, place * call.prompts + count),
+                    (rows * patch, cols * patch),
+                    *embedding.sizes[image][::-1],
+                    return_logits=return_logits,
+                )
+                own = host_logits[place, :count]
+                # Arrays of the host are the caller's, to be written to; JAX's are nobody's.
+                own = own if self.on_device else own.copy()
+                results[image].put(call.start, masks, host_iou[place, :count].copy(), own)
+
+        length = max([MIN_POINTS, *(power_of_two(a.labels.shape[1]) for a in arrays)])
+        pending = None  # one call is decoded while the masks of the last come to the host
+        for call in calls(arrays, self.prompts_at_once):
+            parts = [
+                a.part(call.start, call.start + call.prompts)
+                for a in arrays[call.image : call.image + call.images]
+            ]
+            low_res, iou = self.compiled.decode(
+                embedding.arrays,
+                *pad_together(parts, call.prompts, length),
+                first=None if call.images == len(arrays) else call.image,
+                multimask_output=multimask_output,
+                hq_token_only=hq_token_only,
+            )
+            if pending is not None:
+                store(*pending)
+            pending = call, low_res, iou
+        if pending is not None:
+            store(*pending)
+        return [result.arrays(return_logits) for result in results]
+
+    @property
+    def transforms(self) -> Any:
+        """The functions that resize photos and masks: those of the device, or of the host."""
+        return device_transforms if self.on_device else host_transforms
+
+    @functools.cached_property
+    def prompts_at_once(self) -> int:
+        """Prompts of one decoder call at most."""
+        device = min(self.compiled.decoder_leaves[0].devices(), key=lambda device: device.id)
+        return PROMPTS_ON_CPU if device.platform == "cpu" else PROMPTS
+
+    def _embed(self, padded: list[Any], sizes: list[ImageSizes]) -> Embedding:
+        resized = np.array([size.resized for size in sizes], np.int32)
+        encoded = self.compiled.encode_padded(padded, resized)
+        return Embedding(*encoded, tuple(sizes), self.fingerprint)
+
+    def _require_embedding(self) -> Embedding:
+        embedding = self._embedding
+        if embedding is None:
             raise RuntimeError("no image is set: call set_image before")
-        return self._embedding
+        return embedding
 
     def _predict(
-        self,
-        prompts: list[ImagePrompt],
-        multimask_output: bool,
-        return_logits: bool,
-        hq_token_only: bool,
+        self, embedding: Embedding, prompts: list[ImagePrompt], **options: Any
     ) -> list[Masks]:
-        embedding = self._require_embedding()
         _, rows, cols, _ = embedding.features.shape
-        low_res_size = (4 * rows, 4 * cols)
         arrays = [
-            prompt.arrays(sizes, low_res_size)
-            for prompt, sizes in zip(prompts, self._sizes, strict=True)
+            prompt.arrays(sizes, (4 * rows, 4 * cols))
+            for prompt, sizes in zip(prompts, embedding.sizes, strict=True)
         ]
-        points, labels, mask_input = pad_together(arrays)
-        low_res, iou = _decode(
-            self._decoder.graph,
-            self._decoder.leaves,
-            embedding,
-            points,
-            labels,
-            mask_input,
-            multimask_output=multimask_output,
-            hq_token_only=hq_token_only,
-        )
-        resize = self.transforms.resize_masks
-        counts = [len(a.labels) for a in arrays]
-        side = (self.image_size, self.image_size)
-        masks = [
-            resize(x, count, side, *sizes[::-1], return_logits=return_logits)
-            for x, count, sizes in zip(low_res, counts, self._sizes, strict=True)
+        results = self.predict_arrays(embedding, arrays, **options)
+        return [
+            result if prompt.is_batched else tuple(field[0] for field in result)
+            for prompt, result in zip(prompts, results, strict=True)
         ]
-        if self.transforms is device_transforms:
-            low_res = device_transforms.pinned(low_res)
-        low_res, iou = np.asarray(low_res), np.asarray(iou)
-        results = []
-        for index, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-            result = (masks[index], iou[index, :count], low_res[index, :count])
-            single = not prompt.is_batched
-            results.append(tuple(x[0] for x in result) if single else result)
-        return results
 
 
-class _Program(NamedTuple):
-    """A model taken apart for a jitted function; a flat list is what JAX takes fastest."""
+def check_image(image: Any) -> UInt8[np.ndarray, "height width 3"]:
+    """The image as an array, if it is one that `set_image` takes.
 
-    graph: _Graph
-    leaves: list[Array]
-
-    @classmethod
-    def of(cls, model: nnx.Module) -> _Program:
-        graphdef, state = nnx.split(model)
-        leaves, tree = jax.tree.flatten(state)
-        return cls(_Graph(graphdef, tree), leaves)
-
-
-def check_image(image: object) -> None:
-    """Raise ValueError unless this is an RGB image as `set_image` takes it."""
+    Raises:
+        ValueError: It is not.
+    """
     if not isinstance(image, np.ndarray):
         raise ValueError(f"image must be a uint8 array, got {type(image).__name__}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -283,56 +444,4 @@ def check_image(image: object) -> None:
         raise ValueError(f"image must be a uint8 array [height, width, 3], got {got}")
     if not image.size:
         raise ValueError(f"image must have pixels, got shape {image.shape}")
-
-
-class _Graph:
-    """A model's structure as a static argument, hashed once: hashing takes milliseconds."""
-
-    def __init__(self, graphdef: nnx.GraphDef, tree: Any):
-        self._parts = (graphdef, tree)
-        self._hash = hash(self._parts)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Graph) and self._parts == other._parts)
-
-    def merge(self, leaves: list[Array]) -> Any:
-        """The model with these parameters."""
-        graphdef, tree = self._parts
-        return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(
-    graph: _Graph,
-    leaves: list[Array],
-    tables: tuple[AttentionTables, ...],
-    padded: list[Array],
-    sizes: Array,
-) -> ImageEmbedding:
-    return graph.merge(leaves).encode(normalise(jnp.stack(padded), sizes), tables)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("multimask_output", "hq_token_only"))
-def _decode(
-    graph: _Graph,
-    leaves: list[Array],
-    embedding: ImageEmbedding,
-    points: Array,
-    labels: Array,
-    mask_input: Array | None,
-    *,
-    multimask_output: bool,
-    hq_token_only: bool,
-) -> tuple[Array, Array]:
-    low_res, iou = graph.merge(leaves).decode(
-        embedding,
-        points,
-        labels,
-        mask_input,
-        multimask_output=multimask_output,
-        hq_token_only=hq_token_only,
-    )
-    return low_res.astype(jnp.float32), iou
+    return image

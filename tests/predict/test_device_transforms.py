@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,16 +51,17 @@ def test_resize_and_pad(size):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("at_once", [2**28, 1], ids=["at once", "one by one"])
-def test_resize_masks(size, at_once, monkeypatch):
-    monkeypatch.setattr(device_transforms, "_MAX_PIXELS", at_once)
+@pytest.mark.parametrize("pixels", [(2**20, 2**23), (5000,)], ids=["at once", "in pieces"])
+def test_resize_masks(size, pixels, monkeypatch):
+    monkeypatch.setattr(device_transforms, "_MASK_PIXELS", pixels)
     low_res = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
     frame = ((128, 128), transforms.resized_shape(*size, 128), size)
-    want = transforms.resize_masks(low_res, 3, *frame, return_logits=True)
-    got = device_transforms.resize_masks(jnp.asarray(low_res), 3, *frame, return_logits=True)
+    which = range(1, 4)
+    want = transforms.resize_masks(low_res, which, *frame, return_logits=True)
+    got = device_transforms.resize_masks(jnp.asarray(low_res), which, *frame, return_logits=True)
     assert got.shape == (3, 3, *size)
     np.testing.assert_allclose(got, want, atol=2e-6)
-    masks = device_transforms.resize_masks(jnp.asarray(low_res), 3, *frame)
+    masks = device_transforms.resize_masks(jnp.asarray(low_res), which, *frame)
     assert masks.dtype == bool
     np.testing.assert_array_equal(masks[np.abs(want) > 1e-5], want[np.abs(want) > 1e-5] > 0)
 
@@ -72,20 +74,40 @@ def test_matrix_taps_give_the_matrix_back():
     np.testing.assert_array_equal(again, matrix)
 
 
-def test_sizes_share_programs():
-    frame = ((128, 128), (85, 128), (60, 90))
-    low_res = jnp.zeros((1, 3, 32, 32))
-    device_transforms.resize_masks(low_res, 1, *frame)
-    device_transforms.resize_and_pad(photo(60, 90), 128)
-    sizes = device_transforms._resize._cache_size(), device_transforms._resize_flat._cache_size()
-    for height, width in ((60, 91), (59, 90), (61, 89)):
-        resized = transforms.resized_shape(height, width, 128)
-        device_transforms.resize_masks(low_res, 1, (128, 128), resized, (height, width))
-        device_transforms.resize_and_pad(photo(height, width), 128)
-    assert sizes == (
-        device_transforms._resize._cache_size(),
-        device_transforms._resize_flat._cache_size(),
-    )
+def test_photos_of_all_sizes_share_twelve_programs(sam, monkeypatch):
+    """Everything is counted that a predictor compiles from its first photo on."""
+    compiled: list[str] = []
+
+    def count(event: str, _seconds: float, **_details: str) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    # As many pixels for SMALL's 128 as the real steps are for SAM's 1024.
+    monkeypatch.setattr(device_transforms, "_MASK_PIXELS", (2**14, 2**17, 2**18, 2**20))
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(count)
+    predictor = SamPredictor(sam, transforms="device")
+    rng = np.random.default_rng(0)
+    sizes = [*rng.integers(12, 500, (60, 2)).tolist(), [500, 12], [12, 500], [500, 500]]
+    for height, width in sizes:
+        image = photo(height, width)
+        predictor.set_image(image)
+        masks, _, _ = predictor.predict(box=np.array([0, 0, width, height]))
+        assert masks.shape == (3, height, width)
+        padded, _ = device_transforms.resize_and_pad(image, 128)
+        want, _ = transforms.resize_and_pad(image, 128)
+        difference = np.abs(np.asarray(padded).astype(int) - want)
+        assert difference.max() <= (1 if height > 2 * width else 0)
+    assert 8 <= len(compiled) <= 12
+
+
+def test_gigantic_photos_are_resized_on_the_host(monkeypatch):
+    monkeypatch.setattr(device_transforms, "_INDICES", 3 * 256**2)
+    image = photo(200, 300)
+    want, resized = transforms.resize_and_pad(image, 128)
+    got, got_size = device_transforms.resize_and_pad(image, 128)
+    assert got_size == resized
+    np.testing.assert_array_equal(got, want)
 
 
 def test_predictor_on_the_device_equals_the_host(sam):
@@ -115,6 +137,6 @@ def test_on_gpu(size):
     np.testing.assert_array_equal(device_transforms.resize_and_pad(image, 1024)[0], want)
     low_res = np.random.default_rng(0).normal(size=(4, 3, 256, 256)).astype(np.float32)
     frame = ((1024, 1024), resized, size)
-    got = device_transforms.resize_masks(jnp.asarray(low_res), 3, *frame, return_logits=True)
-    want = transforms.resize_masks(low_res, 3, *frame, return_logits=True)
+    got = device_transforms.resize_masks(jnp.asarray(low_res), range(3), *frame, return_logits=True)
+    want = transforms.resize_masks(low_res, range(3), *frame, return_logits=True)
     np.testing.assert_allclose(got, want, atol=1e-5)

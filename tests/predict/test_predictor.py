@@ -250,10 +250,11 @@ def test_bad_batches(sam: Sam):
     predictor.set_image_batch([photo(), photo()])
     with pytest.raises(ValueError, match=r"box_batch must have one entry an image \(2\)"):
         predictor.predict_batch(box_batch=[BOX])
-    with pytest.raises(ValueError, match="mask_input must be given for all images or none"):
-        predictor.predict_batch(
-            box_batch=[BOX, BOX], mask_input_batch=[np.zeros((1, 32, 32), np.float32), None]
-        )
+    with pytest.raises(ValueError, match=r"images must be several images, got one of shape \(90, "):
+        predictor.set_image_batch(photo())
+    with pytest.raises(ValueError, match="images must hold at least one"):
+        predictor.set_image_batch(image for image in [])
+    assert predictor.is_image_set  # what failed has not touched the images that are set
 
 
 @pytest.mark.parametrize("original", [(37, 61), (300, 200), (64, 64)])

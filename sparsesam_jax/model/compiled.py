@@ -1,0 +1,276 @@
+"""A model as compiled callables: its parameters are taken apart once, not at every call.
+
+`nnx.jit(lambda sam, x: sam(x))` walks through the model's hundreds of objects in Python at every
+call, which takes longer than a small photo's encoder does on a GPU. Here a call hands JAX the flat
+list of arrays that it takes fastest, and the model's structure as one static argument.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from sparsesam_jax.model.image_encoder import AttentionTables
+from sparsesam_jax.model.sam import ImageEmbedding, Labels, Prediction, SamModel
+from sparsesam_jax.model.transforms import normalise
+
+
+class CompiledSam:
+    """`encode`, `decode` and the whole of a model, each compiled once for every shape.
+
+    The parameters are those that the model has when this is made. After an update of the model,
+    make it anew: that is cheap, and models of one structure share their compilations.
+
+    ```python
+    run = sam.compiled()
+    embedding = run.encode(pixels)
+    low_res, iou = run.decode(embedding, points, labels)
+    masks, iou, low_res = run(images, points, labels)
+    ```
+
+    It pickles, deep-copies, and may be shared by threads.
+
+    Args:
+        sam: The model. One without an image encoder only decodes.
+
+    Attributes:
+        config: The model's configuration.
+        dtype: The decoder's compute dtype.
+    """
+
+    def __init__(self, sam: SamModel):
+        self.config = sam.config
+        self.dtype = sam.mask_decoder.dtypes.compute
+        decoder = _without(sam, "image_encoder")
+        # Apart, so that models that differ in the encoder's sparsity share the decoder's program.
+        self._decoder = _Program.of(decoder)
+        self._encoder = self._whole = None
+        if hasattr(sam, "image_encoder"):
+            self._encoder = _Program.of(_without(sam, "prompt_encoder", "mask_decoder"))
+            self._whole = _Program.of(sam)
+        self._tables: dict[tuple[int, int], tuple[AttentionTables, ...]] = {}
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether images can be encoded, not only decoded."""
+        return self._encoder is not None
+
+    @property
+    def decoder_leaves(self) -> list[Array]:
+        """The parameters of the prompt encoder and of the mask decoder."""
+        return self._decoder.leaves
+
+    def without_encoder(self) -> CompiledSam:
+        """The same without the image encoder's parameters."""
+        decoder = object.__new__(CompiledSam)
+        decoder.__dict__.update(self.__dict__, _encoder=None, _whole=None, _tables={})
+        return decoder
+
+    def encode(self, pixels: Float[Array | np.ndarray, "B height width 3"]) -> ImageEmbedding:
+        """`SamModel.encode`: normalised, padded images to what the decoder needs of them."""
+        program = self._require_encoder()
+        return _encode(program.graph, program.leaves, self._tables_of(pixels.shape[1:3]), pixels)
+
+    def encode_padded(
+        self,
+        padded: Sequence[Num[Array | np.ndarray, "height width 3"]],
+        sizes: Int[np.ndarray, "B 2"],
+    ) -> ImageEmbedding:
+        """The same for images of 0 to 255, padded but not normalised; sizes without padding."""
+        program, tables = self._require_encoder(), self._tables_of(padded[0].shape[:2])
+        return _encode_padded(program.graph, program.leaves, tables, list(padded), sizes)
+
+    def decode(
+        self,
+        embedding: ImageEmbedding,
+        points: Float[Array | np.ndarray, "B P T 2"],
+        labels: Labels | Num[np.ndarray, "B P T"] | Bool[np.ndarray, "B P T"],
+        mask_input: Float[Array | np.ndarray, "B P h w"] | None = None,
+        *,
+        first: int | None = None,
+        multimask_output: bool = True,
+        hq_token_only: bool = False,
+    ) -> tuple[Float[Array, "B P K h w"], Float[Array, "B P K"]]:
+        """`SamModel.decode`: prompts in the padded input's frame to low-resolution masks.
+
+        Args:
+            embedding: What `encode` returned.
+            points: As for `SamModel.decode`; likewise the next two.
+            labels: See `SamModel.decode`.
+            mask_input: See `SamModel.decode`.
+            first: Where the prompts are for fewer images than the embedding has: the first of
+                them. None takes all images.
+            multimask_output: See `SamModel.decode`.
+            hq_token_only: See `SamModel.decode`.
+        """
+        return _decode(
+            self._decoder.graph,
+            self._decoder.leaves,
+            embedding,
+            points,
+            labels,
+            mask_input,
+            None if first is None else np.int32(first),
+            multimask_output=multimask_output,
+            hq_token_only=hq_token_only,
+        )
+
+    def __call__(
+        self,
+        images: Num[Array | np.ndarray, "B height width 3"],
+        points: Float[Array | np.ndarray, "B P T 2"],
+        labels: Labels | Num[np.ndarray, "B P T"] | Bool[np.ndarray, "B P T"],
+        mask_input: Float[Array | np.ndarray, "B P h w"] | None = None,
+        *,
+        image_size: int | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> Prediction:
+        """`SamModel.__call__`: photos of one size and prompts to masks, compiled per photo size."""
+        self._require_encoder()
+        assert self._whole is not None
+        return _predict(
+            self._whole.graph,
+            self._whole.leaves,
+            images,
+            points,
+            labels,
+            mask_input,
+            image_size=image_size,
+            multimask_output=multimask_output,
+            return_logits=return_logits,
+        )
+
+    def _require_encoder(self) -> _Program:
+        if self._encoder is None:
+            raise RuntimeError("this model has no image encoder: only embeddings can be decoded")
+        return self._encoder
+
+    def _tables_of(self, size: tuple[int, ...]) -> tuple[AttentionTables, ...]:
+        """What the encoder derives from its weights for images of this size, made once."""
+        patch = self.config.image_encoder.patch_size
+        grid = (size[0] // patch, size[1] // patch)
+        if grid not in self._tables:
+            program = self._require_encoder()
+            self._tables[grid] = _encoder_tables(program.graph, program.leaves, grid)
+        return self._tables[grid]
+
+
+class _Program(NamedTuple):
+    """A model taken apart for a jitted function."""
+
+    graph: _Graph
+    leaves: list[Array]
+
+    @classmethod
+    def of(cls, model: nnx.Module) -> _Program:
+        graphdef, state = nnx.split(model)
+        leaves, tree = jax.tree.flatten(state)
+        return cls(_Graph(graphdef, tree), leaves)
+
+
+class _Graph:
+    """A model's structure as a static argument, hashed once: hashing takes milliseconds."""
+
+    def __init__(self, graphdef: nnx.GraphDef, tree: Any):
+        self._parts = (graphdef, tree)
+        self._hash = hash(self._parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Graph) and self._parts == other._parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Graph, self._parts  # another process hashes texts to other numbers
+
+    def merge(self, leaves: list[Array]) -> Any:
+        """The model with these parameters."""
+        graphdef, tree = self._parts
+        return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+
+
+def _without(model: SamModel, *parts: str) -> SamModel:
+    """The model without some of its parts, sharing the parameters of the others."""
+    model = nnx.merge(*nnx.split(model))
+    for part in parts:
+        if hasattr(model, part):
+            delattr(model, part)
+    return model
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _encoder_tables(
+    graph: _Graph, leaves: list[Array], grid: tuple[int, int]
+) -> tuple[AttentionTables, ...]:
+    return graph.merge(leaves).image_encoder.tables(grid)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(
+    graph: _Graph, leaves: list[Array], tables: tuple[AttentionTables, ...], pixels: Array
+) -> ImageEmbedding:
+    return graph.merge(leaves).encode(pixels, tables)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_padded(
+    graph: _Graph,
+    leaves: list[Array],
+    tables: tuple[AttentionTables, ...],
+    padded: list[Array],
+    sizes: Array,
+) -> ImageEmbedding:
+    return graph.merge(leaves).encode(normalise(jnp.stack(padded), sizes), tables)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("multimask_output", "hq_token_only"))
+def _decode(
+    graph: _Graph,
+    leaves: list[Array],
+    embedding: ImageEmbedding,
+    points: Array,
+    labels: Array,
+    mask_input: Array | None,
+    first: Array | None,
+    *,
+    multimask_output: bool,
+    hq_token_only: bool,
+) -> tuple[Array, Array]:
+    if first is not None:
+        images = points.shape[0]
+        embedding = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first, images), embedding
+        )
+    low_res, iou = graph.merge(leaves).decode(
+        embedding,
+        points,
+        labels,
+        mask_input,
+        multimask_output=multimask_output,
+        hq_token_only=hq_token_only,
+    )
+    return low_res.astype(jnp.float32), iou
+
+
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("image_size", "multimask_output", "return_logits")
+)
+def _predict(
+    graph: _Graph,
+    leaves: list[Array],
+    images: Array,
+    points: Array,
+    labels: Array,
+    mask_input: Array | None,
+    **options: Any,
+) -> Prediction:
+    return graph.merge(leaves)(images, points, labels, mask_input, **options)
