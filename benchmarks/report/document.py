@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from benchmarks.records import Record
 from benchmarks.report import data, growth
-from benchmarks.report.tables import Columns, filled, markdown
+from benchmarks.report.tables import Template
 
 TEMPLATE = Path(__file__).with_name("benchmarks.template.md")
 
@@ -39,26 +38,22 @@ def write(results: Path, out: Path) -> None:
 
 def document(found: Sequence[Record], pictures: Mapping[str, str]) -> str:
     """The document's text; `pictures` are the main device's, file names by what they show."""
-    head, *others = TEMPLATE.read_text(encoding="utf-8").split("\n## ")
-    texts = {text.partition("\n")[0]: f"## {text}" for text in others}
+    template = Template(TEMPLATE)
     not_run = [suite for suite in data.SUITES if not data.measured(found, suite)]
-    missing = f"Not run: {', '.join(not_run)}." if not_run else ""
-    parts = [filled(head, missing=missing)]
-    for suite in dict.fromkeys(section.suite for section in _SECTIONS.values()):
+    missing = f"\nNot run: {', '.join(not_run)}.\n" if not_run else ""
+    parts = [template.head + missing]
+    for suite, sections in _SECTIONS.items():
         for device in data.devices(found, suite):
             own = [_values(r) for r in data.measured(found, suite, device)]
             values = _told(device, own)
             for name in PICTURES:
                 drawn = name in pictures and device == data.most(found, "device")
                 values[f"{name}_picture"] = f"![{name}]({pictures[name]})" if drawn else ""
-            for title, section in _SECTIONS.items():
-                rows = section.rows(own) if section.suite == suite else []
-                if rows:
-                    table = markdown(section.columns, rows)
-                    parts.append(filled(texts[title], table=table, **values))
-    if failed := _not_run(found):
-        table = markdown({"why": "{why}", "which": "{which}"}, failed)
-        parts.append(filled(texts["Cases that did not run"], table=table))
+            for title, rows_of in sections.items():
+                if rows := rows_of(own):
+                    parts.append(template.section(title, rows, **values))
+    if rows := _not_run(found):
+        parts.append(template.section("Cases that did not run", rows))
     return "\n".join(parts)
 
 
@@ -113,94 +108,22 @@ def _ceilings(own: Sequence[Record]) -> list[Record]:
     return [r | {"shape": " x ".join(map(str, r["shape"]))} for r in own]
 
 
-class _Section(NamedTuple):
-    """A section of the template: what its table shows of a suite's records on a device."""
-
-    suite: str
-    columns: Columns
-    rows: Callable[[Sequence[Record]], Sequence[Mapping[str, object]]] = list
+def _end_to_end(own: Sequence[Record]) -> list[Record]:
+    return [r | r["parts_ms"] for r in own]
 
 
-_CASE = {"model": "{model}", "batch": "{batch}", "density r": "{r}"}
-_RATES = {
-    "TFLOP/s ↑": "{tflops:.0f}",
-    "of ceiling ↑": "{share_of_ceiling:.0%}",
-    "error ↓": "{max_error:.1e}",
-}
-_NAME = {"implementation": "{name}"}
-_OWN_NAME = {"implementation": "{implementation}"}
-_SHARES = (*data.PARTS, data.OTHER, "floor of products", "floor of attention")
-_SECTIONS = {
-    "Image encoder": _Section(
-        "encoder",
-        {
-            **_CASE,
-            **_NAME,
-            "ms an image ↓": "{ms_per_image:.2f}",
-            "quartiles": "{q1:.2f} to {q3:.2f}",
-            "queued ↓": "{queued:.2f}",
-            "MiB ↓": "{peak_mib:.0f}",
-            **_RATES,
-        },
-        _encoder,
-    ),
-    "Implementation and algorithm apart": _Section(
-        "encoder", _CASE | {f"{step} ↓": f"{{{step}}}" for step in data.STEPS}, _decomposition
-    ),
-    "Where the time goes": _Section(
-        "encoder", _CASE | _OWN_NAME | {f"{x} ↓": f"{{{x}:.3f}}" for x in _SHARES}, _parts
-    ),
-    "Kernels": _Section(
-        "kernels",
-        {
-            "function": "{op}",
-            **_CASE,
-            **_NAME,
-            "ms ↓": "{median_ms:.3f}",
-            "quartiles": "{q1_ms:.3f} to {q3_ms:.3f}",
-            **_RATES,
-        },
-    ),
-    "From an image to its masks": _Section(
-        "end-to-end",
-        {
-            "model": "{model}",
-            "density r": "{r}",
-            **_OWN_NAME,
-            "prompts": "{prompts}",
-            "ms ↓": "{median_ms:.1f}",
-            "quartiles": "{q1_ms:.1f} to {q3_ms:.1f}",
-            **{f"{x} ↓": f"{{{x}:.1f}}" for x in ("preprocess", "encoder", "decoder", "upscale")},
-            "error ↓": "{max_error:.1e}",
-        },
-        lambda own: [r | r["parts_ms"] for r in own],
-    ),
-    "Scaling": _Section("scaling", growth.COLUMNS, growth.fits),
-    "Ceilings": _Section(
-        "ceilings",
-        {
-            "model": "{model}",
-            "batch": "{batch}",
-            "what": "{implementation}",
-            "shape": "{shape}",
-            "ms ↓": "{median_ms:.3f}",
-            "TFLOP/s ↑": "{tflops:.0f}",
-            "TB/s ↑": "{tbs:.2f}",
-        },
-        _ceilings,
-    ),
-    "On a CPU": _Section(
-        "cpu",
-        {
-            **_CASE,
-            **_NAME,
-            "ms ↓": "{median_ms:.0f}",
-            "quartiles": "{q1_ms:.0f} to {q3_ms:.0f}",
-            "runs": "{runs}",
-            "MiB ↓": "{peak_mib:.0f}",
-            "error ↓": "{max_error:.0e}",
-        },
-    ),
+# The sections of every suite, and what their tables show of its records on a device.
+_SECTIONS: dict[str, dict[str, Callable[[Sequence[Record]], list[Record]]]] = {
+    "encoder": {
+        "Image encoder": _encoder,
+        "Implementation and algorithm apart": _decomposition,
+        "Where the time goes": _parts,
+    },
+    "kernels": {"Kernels": list},
+    "end-to-end": {"From an image to its masks": _end_to_end},
+    "scaling": {"Scaling": growth.fits},
+    "ceilings": {"Ceilings": _ceilings},
+    "cpu": {"On a CPU": list},
 }
 PICTURES = ("encoder", "decomposition", "roofline", "scaling")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -60,13 +60,12 @@ def fits(results: Sequence[Record]) -> list[dict[str, float | str | None]]:
     return found
 
 
-def macs(record: Mapping[str, object]) -> float:
+def macs(record: Record) -> float:
     """Multiply-accumulates of a record's whole batch."""
-    config = shapes.model_config(str(record["model"])).image_encoder
-    kept = record["sparsity"]
-    sparsity = Sparsity(**kept) if isinstance(kept, dict) else None
-    side = int(str(record["image_size"])) // config.patch_size
-    return float(encoder_work(config, sparsity, (side, side)).total) * int(str(record["batch"]))
+    config = shapes.model_config(record["model"]).image_encoder
+    sparsity = Sparsity(**record["sparsity"]) if record["sparsity"] else None
+    side = record["image_size"] // config.patch_size
+    return float(encoder_work(config, sparsity, (side, side)).total) * record["batch"]
 
 
 def series(results: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:

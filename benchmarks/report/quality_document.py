@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import records
-from benchmarks.report.tables import filled, markdown
+from benchmarks.report.tables import Template
 from benchmarks.suites.quality import changes
 from benchmarks.suites.quality.candidates import CHANGES, PRESETS, REFERENCE
 from benchmarks.suites.quality.changes import Row
@@ -20,17 +20,6 @@ DENSITIES = (0.5, 0.4, 0.3)
 TOLERANCE = 0.002  # of the independent implementation, mIoU
 TARGETS = {0.4: 0.004, 0.3: 0.006}  # the default's loss of mIoU, at most
 TOME_RATIO = 2.1  # ToMe's loss over the default's, at least
-
-_FILE = """
-## All of {file}
-
-[{file}](../benchmarks/results/{file}): {device}, {dtype}, jax {jax}, {photos}; dense mIoU {miou}.
-Best on the choosing half first.
-
-{table}
-"""
-_CASE = {"density r": "{r}", "photos": "{images}"}
-_RATED = _CASE | changes.COLUMNS
 
 
 def write(results: Path, out: Path) -> None:
@@ -52,92 +41,93 @@ def write(results: Path, out: Path) -> None:
 def document(paths: Sequence[Path]) -> str:
     """The document's text from raw files."""
     files = {path.name: changes.rows(records.read(path), str(path)) for path in paths}
-    measured = [row for rows in files.values() for row in rows]
-    most = max((row.summary for row in measured), key=lambda summary: summary["images"])
-    return filled(
-        TEMPLATE.read_text(encoding="utf-8"),
-        photos=f"{most['images']} photos",
-        model=most["model"],
-        tolerance=TOLERANCE,
-        reference=_table(
-            {"sparsity": "{meaning}"}
-            | _CASE
-            | {"reference ↑": "{expected:+.4f}", "here ↑": "{change:+.4f}", "agrees": "{agrees}"},
-            _reference(measured),
-        ),
-        default=_table({"sparsity": "{name}"} | _RATED, _default(measured)),
-        default_verdicts=" ".join(_against_targets(measured)),
-        ingredients=_table({"changed": "{meaning}"} | _RATED, _ingredients(measured)),
-        methods=_table({"method": "{name}"} | _RATED, _methods(measured)),
-        method_verdicts=" ".join(_against_tome(measured)),
-        devices=_table(
-            {
-                "variant": "{name}",
-                "photos": "{photos}",
-                "mIoU ↑": "{means}",
-                "apart ↓": "{apart:.5f}",
-            },
-            _devices(measured),
-        ),
-    ) + "".join(_everything(file, rows) for file, rows in files.items())
+    measured = _Measured([row for rows in files.values() for row in rows])
+    most = max((row.summary for row in measured.rows), key=lambda summary: summary["images"])
+    template = Template(TEMPLATE)
 
+    def compared(title: str, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[str]) -> str:
+        return template.section(title, rows, verdicts=" ".join(verdicts), tolerance=TOLERANCE)
 
-def _table(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> str:
-    return markdown(columns, rows) or "Not measured."
-
-
-def _reference(measured: Sequence[Row]) -> list[dict[str, Any]]:
-    rows = []
-    for (preset, density), expected in REFERENCE.items():
-        row = _of(measured, PRESETS[preset].at(density))
-        if row is not None:
-            agrees = "yes" if abs(row.change - expected) <= TOLERANCE else "**no**"
-            told = {"meaning": PRESETS[preset].meaning, "expected": expected, "agrees": agrees}
-            rows.append(row.values | told)
-    return rows
-
-
-def _default(measured: Sequence[Row]) -> list[dict[str, Any]]:
-    named = {"default": "`Sparsity(r)`", "released": "`Sparsity.released(r)`"}
-    found = [
-        (name, _of(measured, PRESETS[preset].at(density)))
-        for density in DENSITIES
-        for preset, name in named.items()
+    parts = [
+        template.head,
+        template.section("What is measured", photos=most["images"], model=most["model"]),
+        *(compared(title, *make(measured)) for title, make in _SECTIONS.items()),
     ]
-    return [row.values | {"name": name} for name, row in found if row is not None]
+    for file, (dense, *others) in files.items():
+        others.sort(key=lambda row: (-row.density, -row.choose, row.variant.name))
+        told = dense.summary | {"jax": dense.summary["versions"]["jax"], "file": file}
+        parts.append(template.section("All of {file}", [row.values for row in others], **told))
+    return "\n".join(parts)
 
 
-def _against_targets(measured: Sequence[Row]) -> list[str]:
-    told = []
+class _Measured(NamedTuple):
+    """Everything measured, found by what it is and not by its name."""
+
+    rows: list[Row]
+
+    def sparsity(self, wanted: Sparsity) -> Row | None:
+        """The measurement of a sparsity, also as a method that is one."""
+        plain = (row for row in self.rows if row.variant.group_update is None)
+        return self._on_most_photos([row for row in plain if row.variant.kept == wanted])
+
+    def method(self, name: str, density: float) -> Row | None:
+        """The measurement of a method by name."""
+        return self._on_most_photos([r for r in self.rows if r.variant.method == (name, density)])
+
+    def _on_most_photos(self, found: Sequence[Row]) -> Row | None:
+        """The one on most photos; of several, that of the last file."""
+        return max(reversed(found), key=lambda row: row.summary["images"], default=None)
+
+
+_Section = tuple[list[dict[str, Any]], list[str]]  # rows of the table, and verdicts
+
+
+def _told(found: Iterable[tuple[dict[str, Any], Row | None]]) -> list[dict[str, Any]]:
+    """What there is, with what is said beside it."""
+    return [row.values | more for more, row in found if row is not None]
+
+
+def _reference(measured: _Measured) -> _Section:
+    found = []
+    for (preset, density), expected in REFERENCE.items():
+        row = measured.sparsity(PRESETS[preset].at(density))
+        agrees = row is not None and abs(row.change - expected) <= TOLERANCE
+        more = {"meaning": PRESETS[preset].meaning, "expected": expected}
+        found.append((more | {"agrees": "yes" if agrees else "**no**"}, row))
+    return _told(found), []
+
+
+def _default(measured: _Measured) -> _Section:
+    named = {"`Sparsity(r)`": Sparsity, "`Sparsity.released(r)`": Sparsity.released}
+    rows = _told(
+        ({"name": name}, measured.sparsity(make(density)))
+        for density in DENSITIES
+        for name, make in named.items()
+    )
+    verdicts = []
     for density, target in TARGETS.items():
-        row = _of(measured, Sparsity(density))
-        if row is not None:
+        if row := measured.sparsity(Sparsity(density)):
             moved = "loses" if row.change < 0 else "gains"
-            told.append(
+            verdicts.append(
                 f"Density {density:g}: it {moved} {abs(row.change):.4f}; a loss of {target} is "
                 f"allowed: {_met(-row.change <= target)}."
             )
-    return told
+    return rows, verdicts
 
 
-def _ingredients(measured: Sequence[Row]) -> list[dict[str, Any]]:
-    found = [
-        (change.meaning, _of(measured, change.at(density)))
+def _ingredients(measured: _Measured) -> _Section:
+    rows = _told(
+        ({"meaning": change.meaning}, measured.sparsity(change.at(density)))
         for density in (0.4, 0.3)
         for change in CHANGES.values()
-    ]
-    return [row.values | {"meaning": meaning} for meaning, row in found if row is not None]
+    )
+    return rows, []
 
 
-def _methods(measured: Sequence[Row]) -> list[dict[str, Any]]:
-    found = [(name, _method(measured, name, r)) for r in DENSITIES for name in NAMES]
-    return [row.values | {"name": name} for name, row in found if row is not None]
-
-
-def _against_tome(measured: Sequence[Row]) -> list[str]:
-    told = []
+def _methods(measured: _Measured) -> _Section:
+    verdicts = []
     for density in DENSITIES:
-        ours, tome = (_method(measured, name, density) for name in ("sparsesam", "tome"))
+        ours, tome = (measured.method(name, density) for name in ("sparsesam", "tome"))
         if ours is None or tome is None:
             continue
         if ours.change >= 0:
@@ -146,18 +136,19 @@ def _against_tome(measured: Sequence[Row]) -> list[str]:
             ratio = tome.change / ours.change
             met = _met(ratio >= TOME_RATIO)
             text = f"ToMe loses {ratio:.1f} times as much (target {TOME_RATIO}: {met})"
-        told.append(f"Density {density:g}: {text}.")
-    return told
+        verdicts.append(f"Density {density:g}: {text}.")
+    found = (({"name": name}, measured.method(name, r)) for r in DENSITIES for name in NAMES)
+    return _told(found), verdicts
 
 
 def _met(met: bool) -> str:
     return "met" if met else "**not met**"
 
 
-def _devices(measured: Sequence[Row]) -> list[dict[str, Any]]:
+def _devices(measured: _Measured) -> _Section:
     """Variants that were measured on more than one device, on the photos that all of them had."""
     found: dict[str, dict[str, Row]] = {}
-    for row in measured:
+    for row in measured.rows:
         sparsity, method, update = row.variant.kept, row.variant.method, row.variant.group_update
         key = repr((sparsity, None if sparsity else method, update))
         found.setdefault(key, {}).setdefault(row.summary["device"], row)
@@ -172,39 +163,13 @@ def _devices(measured: Sequence[Row]) -> list[dict[str, Any]]:
         apart = max(means.values()) - min(means.values())
         name = next(iter(by_device.values())).variant.name
         rows.append({"name": name, "photos": len(photos), "means": told, "apart": apart})
-    return rows
+    return rows, []
 
 
-def _everything(file: str, found: Sequence[Row]) -> str:
-    dense = found[0].summary
-    rows = sorted(found[1:], key=lambda row: (-row.density, -row.choose, row.variant.name))
-    columns = {"variant": "{name}", "density r": "{r}"} | changes.COLUMNS
-    return _FILE.format(
-        file=file,
-        device=dense["device"],
-        dtype=dense["dtype"],
-        jax=dense["versions"]["jax"],
-        photos=f"{dense['images']} photos",
-        miou=f"{dense['miou']:.4f}",
-        table=_table(columns, [row.values for row in rows]),
-    )
-
-
-def _of(measured: Sequence[Row], wanted: Sparsity) -> Row | None:
-    """The measurement of a sparsity, also as a method of that name, by what was measured."""
-
-    def fits(row: Row) -> bool:
-        return row.variant.kept == wanted and row.variant.group_update is None
-
-    return _on_most_photos(measured, fits)
-
-
-def _method(measured: Sequence[Row], name: str, density: float) -> Row | None:
-    """The measurement of a method by name."""
-    return _on_most_photos(measured, lambda row: row.variant.method == (name, density))
-
-
-def _on_most_photos(measured: Sequence[Row], fits: Callable[[Row], bool]) -> Row | None:
-    """Of the measurements that fit, the one on most photos; of the last file that has such."""
-    found = [row for row in reversed(measured) if fits(row)]
-    return max(found, key=lambda row: row.summary["images"], default=None)
+_SECTIONS: dict[str, Callable[[_Measured], _Section]] = {
+    "The released preset, against an independent implementation": _reference,
+    "The default": _default,
+    "Ingredients": _ingredients,
+    "Other methods": _methods,
+    "Devices": _devices,
+}

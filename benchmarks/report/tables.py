@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -43,22 +44,32 @@ class _Shown:
         return "-" if self._value is None else format(self._value, spec)
 
 
-def cells(row: Mapping[str, Any], columns: Columns) -> list[str]:
-    """A row's text, column after column."""
-    shown = defaultdict(lambda: _Shown(None), {key: _Shown(value) for key, value in row.items()})
-    return [template.format_map(shown) for template in columns.values()]
+def formatted(template: str, row: Mapping[str, Any]) -> str:
+    """The template with a row's fields; what the row lacks is a dash."""
+    shown = {key: _Shown(value) for key, value in row.items()}
+    return template.format_map(defaultdict(lambda: _Shown(None), shown))
 
 
-def markdown(columns: Columns, rows: Rows) -> str:
-    """A table of a document; nothing without rows."""
-    lines = [cells(row, columns) for row in rows]
-    table = [list(columns), ["---"] * len(columns), *lines] if lines else []
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+class Template:
+    """A document's text: a head, and sections by their titles, each with one table at most.
 
+    The line of a table that begins with `| {` is written for every row; other lines take values.
+    """
 
-def filled(template: str, **values: object) -> str:
-    """A document's template with its values; what is empty leaves one blank line."""
-    return re.sub(r"\n{3,}", "\n\n", template.format(**values)).strip() + "\n"
+    def __init__(self, path: Path):
+        self.head, *texts = path.read_text(encoding="utf-8").split("\n## ")
+        self._sections = {text.partition("\n")[0]: f"## {text}" for text in texts}
+
+    def section(self, title: str, rows: Sequence[Mapping[str, Any]] = (), **values: object) -> str:
+        """A section with its table, which says so if there are no rows."""
+        lines = []
+        for line in self._sections[title].splitlines():
+            if line.startswith("| {"):
+                lines += [formatted(line, row) for row in rows] or ["Not measured."]
+            elif rows or not line.startswith("|"):
+                lines.append(line.format(**values))
+        # What is empty leaves one blank line.
+        return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
 
 
 def print_table(title: str, columns: Columns, rows: Rows, caption: str = "") -> None:
@@ -67,7 +78,7 @@ def print_table(title: str, columns: Columns, rows: Rows, caption: str = "") -> 
     for head, template in columns.items():
         table.add_column(head, no_wrap=True, justify="right" if ":" in template else "left")
     for row in rows:
-        table.add_row(*cells(row, columns))
+        table.add_row(*(formatted(template, row) for template in columns.values()))
     if table.row_count:
         console = Console()
         (console if console.is_terminal else Console(width=_WIDTH)).print(table)

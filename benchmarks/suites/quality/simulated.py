@@ -17,11 +17,12 @@ from jaxtyping import Array, Float
 from pallas_kernels import reference
 from sparsesam_jax import Sam
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.methods.base import Method, with_method
+from sparsesam_jax.methods.base import with_method
 from sparsesam_jax.methods.group_update import GroupUpdate, Skipped
 from sparsesam_jax.methods.sequences import (
+    SequenceMethod,
     Sequences,
-    block_sequences,
+    State,
     in_chunks,
     position_bias,
     product,
@@ -31,7 +32,6 @@ from sparsesam_jax.model.image_encoder import Block
 from sparsesam_jax.model.layers import add
 from sparsesam_jax.sparsity import orders
 from sparsesam_jax.sparsity.plan import (
-    BlockPlan,
     Rankings,
     attention_layout,
     encoder_plan,
@@ -75,7 +75,7 @@ def _kept(
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked(Method):
+class Masked(SequenceMethod):
     """What makes two variants one program; what they keep is the encoder's `kept`, [depth, 3].
 
     Attributes:
@@ -92,87 +92,71 @@ class Masked(Method):
 
     def block_outputs(self, encoder: Any, x: Float[Array, "B Gh Gw d"]) -> list[Array]:
         """The tokens after every block."""
-        config = encoder.config
-        plans = encoder_plan(config, self.ranking, (x.shape[1], x.shape[2]), "xla")
-        rankings, outputs = Rankings(), []
+        plans = encoder_plan(encoder.config, self.ranking, (x.shape[1], x.shape[2]), "xla")
+        outputs, state = [], {"rankings": Rankings()}
         for block, plan, kept in zip(encoder.blocks, plans, encoder.kept[...], strict=True):
-            window, (bar, routed, merged) = block.config.window_size, kept
-            normed = block.norm1(x)
-            sequences, value_bias = block_sequences(block, normed, config.num_heads, window)
-            rankings = plan.rank(rankings, *_keys(sequences, x, window), x)
-            out = _attend(plan, rankings, sequences, bar).swapaxes(1, 2)
-            if window:
-                size = (x.shape[0], x.shape[1], x.shape[2])
-                out = reference.window_unpartition(out, window, size)
-            out = out.reshape(*x.shape[:3], config.num_heads, -1) + value_bias
-            x = add(x, block.attn.proj(out.reshape(x.shape)))
-            x = add(x, _mlp(rankings, block, x, self.skipped, routed, merged))
+            state |= {"plan": plan, "kept": kept, "x": x}
+            x = add(x, self._attention(block, block.norm1(x), encoder.config, state))
+            x = self.mlp(block, x, encoder.config, state)
             outputs.append(x)
         return outputs
 
+    def attend(self, sequences: Sequences, is_global: bool, state: State) -> Array:
+        """Attention to the bar's blocks and, on the grid, to the query's own."""
+        rankings = state["plan"].rank(state["rankings"], *_keys(sequences, is_global, state))
+        state["rankings"] = rankings
+        place = orders.inverse(state["plan"].sequence(rankings))
+        if not is_global and place.ndim > 1:
+            place = place.reshape(-1, *place.shape[2:])
+        place = place.reshape(*place.shape[:-1], *(1,) * (3 - place.ndim), place.shape[-1])
+        block = place // self.ranking.block_size  # of every token, [S or 1, H or 1, N]
+        rank = block
+        if rankings.blocks is not None and is_global:
+            ranks = orders.inverse(rankings.blocks)[:, None]
+            rank = jnp.take_along_axis(
+                ranks, jnp.broadcast_to(block, (*ranks.shape[:2], block.shape[-1])), -1
+            )
+        in_bar = (rank < state["kept"][0])[:, :, None]
 
-def _keys(sequences: Sequences, x: Array, window: int | None) -> tuple[Array, Array]:
-    """The keys without their bias as a map [B, Gh, Gw, H, D], and the bias."""
+        def attend(q: Array, rel_h: Array, rel_w: Array, own: Array) -> Array:
+            logits = product("shqd,shkd->shqk", q, sequences.k) * q.shape[-1] ** -0.5
+            logits = logits + position_bias(sequences, rel_h, rel_w)
+            computed = in_bar | (own[..., None] == block[:, :, None]) if is_global else in_bar
+            weights = softmax(jnp.where(computed, logits, -jnp.inf))
+            return product("shqk,shkd->shqd", weights.astype(q.dtype), sequences.v)
+
+        out = in_chunks(attend, sequences.q, sequences.rel_h, sequences.rel_w, block)
+        return out.astype(sequences.q.dtype)
+
+    def mlp(self, block: Block, x: Array, config: ImageEncoderConfig, state: State) -> Array:
+        """The tokens after their own update, their group's, or none."""
+        update, order = block.mlp(block.norm2(x)), state["rankings"].tokens
+        if order is None:
+            return add(x, update)
+        _, routed, merged = state["kept"]
+        batch, count, d = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
+        rank = orders.inverse(order).reshape(*x.shape[:3], 1)
+        update = jnp.where(rank < routed, update, 0)
+        if self.skipped is None:
+            return add(x, update)
+        tokens = x.reshape(batch, count, d)
+        tokens = tokens if self.skipped == "mean_input" else block.norm2(tokens)
+        groups = jnp.take_along_axis(tokens, order[..., None], axis=1)
+        groups = groups.reshape(batch, -1, orders.GROUP, d)
+        rows = groups[:, :, 0] if self.skipped == "first" else groups.mean(2)
+        shared = block.mlp(block.norm2(rows) if self.skipped == "mean_input" else rows)
+        group = rank[..., 0].reshape(batch, count) // orders.GROUP
+        shared = jnp.take_along_axis(shared, group[..., None], axis=1).reshape(x.shape)
+        end = routed + orders.GROUP * merged
+        return add(x, update + jnp.where((rank >= routed) & (rank < end), shared, 0))
+
+
+def _keys(sequences: Sequences, is_global: bool, state: State) -> tuple[Array, Array, Array]:
+    """What is ranked by: keys as a map [B, Gh, Gw, H, D], their bias, and the block's input."""
+    x, window = state["x"], state["plan"].block.window_size
     keys = sequences.k.swapaxes(1, 2)
-    if window:
-        keys = reference.window_unpartition(keys, window, (x.shape[0], x.shape[1], x.shape[2]))
-    else:
+    if is_global:
         keys = keys.reshape(*x.shape[:3], *keys.shape[2:])
-    return keys, sequences.key_bias[:, 0]
-
-
-def _attend(plan: BlockPlan, rankings: Rankings, sequences: Sequences, bar: Array) -> Array:
-    """Attention to the bar's blocks and, on the grid, to the query's own."""
-    assert plan.sparsity is not None
-    window, order = plan.block.window_size, plan.sequence(rankings)
-    place = orders.inverse(order)
-    if window and place.ndim > 1:
-        place = place.reshape(-1, *place.shape[2:])
-    place = place.reshape(*place.shape[:-1], *(1,) * (3 - place.ndim), place.shape[-1])
-    block = place // plan.sparsity.block_size  # of every token, [S or 1, H or 1, N]
-    rank = block
-    if rankings.blocks is not None and not window:
-        ranks = orders.inverse(rankings.blocks)[:, None]
-        rank = jnp.take_along_axis(
-            ranks, jnp.broadcast_to(block, (*ranks.shape[:2], block.shape[-1])), -1
-        )
-    in_bar = (rank < bar)[:, :, None]
-
-    def attend(q: Array, rel_h: Array, rel_w: Array, own: Array) -> Array:
-        logits = product("shqd,shkd->shqk", q, sequences.k) * q.shape[-1] ** -0.5
-        logits = logits + position_bias(sequences, rel_h, rel_w)
-        computed = in_bar if window else in_bar | (own[..., None] == block[:, :, None])
-        weights = softmax(jnp.where(computed, logits, -jnp.inf))
-        return product("shqk,shkd->shqd", weights.astype(q.dtype), sequences.v)
-
-    out = in_chunks(attend, sequences.q, sequences.rel_h, sequences.rel_w, block)
-    return out.astype(sequences.q.dtype)
-
-
-def _mlp(
-    rankings: Rankings,
-    block: Block,
-    x: Array,
-    skipped: Skipped | None,
-    routed: Array,
-    merged: Array,
-) -> Array:
-    """The update of every token: its own, its group's, or none."""
-    update = block.mlp(block.norm2(x))
-    if rankings.tokens is None:
-        return update
-    batch, count, d = x.shape[0], x.shape[1] * x.shape[2], x.shape[3]
-    rank = orders.inverse(rankings.tokens).reshape(*x.shape[:3], 1)
-    update = jnp.where(rank < routed, update, 0)
-    if skipped is None:
-        return update
-    tokens = x.reshape(batch, count, d)
-    tokens = tokens if skipped == "mean_input" else block.norm2(tokens)
-    groups = jnp.take_along_axis(tokens, rankings.tokens[..., None], axis=1)
-    groups = groups.reshape(batch, -1, orders.GROUP, d)
-    rows = groups[:, :, 0] if skipped == "first" else groups.mean(2)
-    shared = block.mlp(block.norm2(rows) if skipped == "mean_input" else rows)
-    group = rank[..., 0].reshape(batch, count) // orders.GROUP
-    shared = jnp.take_along_axis(shared, group[..., None], axis=1).reshape(x.shape)
-    end = routed + orders.GROUP * merged
-    return update + jnp.where((rank >= routed) & (rank < end), shared, 0)
+    else:
+        keys = reference.window_unpartition(keys, window, (x.shape[0], x.shape[1], x.shape[2]))
+    return keys, sequences.key_bias[:, 0], x
