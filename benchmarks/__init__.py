@@ -1,5 +1,6 @@
 """Benchmarks that check before they time: `python -m benchmarks --help`.
 
-Every suite prints a table and writes raw JSON lines (`records`). Peers run in processes of their
-own (`worker`); one that cannot run is named as not run, and nothing is estimated.
+`cases` say what is measured, `peers` who, `run` how, `suites` are the commands, and `report` writes
+the documents from raw JSON lines (`records`). Every case runs in a process of its own (`run.pool`);
+one that cannot run is named as not run, and nothing is estimated.
 """

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from benchmarks import commands
+from benchmarks import commands, records
+from benchmarks import on_gpus as stages
+from benchmarks.commands import Out, finish
 
 app = typer.Typer(
     add_completion=False,
@@ -16,65 +19,51 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Benchmarks that check before they time, and write raw JSON lines.",
 )
+commands.add_suites(app)
 
-Out = Annotated[Path | None, typer.Option(help="JSON lines to write; an older file is replaced.")]
-
-
-@app.command()
-def cpu(
-    model: Annotated[str, typer.Option(help="vit_t, vit_b, vit_l or vit_h.")] = "vit_b",
-    density: Annotated[
-        list[float] | None, typer.Option(help="Beside dense; may be repeated. Without it: 0.3.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Images a run.")] = 1,
-    threads: Annotated[
-        int | None, typer.Option(help="Of every peer. Without it: all processors.")
-    ] = None,
-    runs: Annotated[int, typer.Option(help="Timed runs of each peer.")] = 9,
-    warmups: Annotated[int, typer.Option(help="Untimed runs of each peer.")] = 2,
-    keep_memory: Annotated[
-        bool, typer.Option(help="Let glibc keep freed memory, for every peer alike.")
-    ] = False,
-    out: Out = None,
-    quick: Annotated[bool, typer.Option(help="A tiny model instead of MODEL.")] = False,
-) -> None:
-    """Our encoder on the CPU beside transformers' PyTorch: same weights, threads and input."""
-    from rich.console import Console
-
-    from benchmarks import cpu, records, shapes
-
-    def run() -> bool:
-        options = cpu.Options(
-            model=shapes.QUICK_MODEL if quick else model,
-            densities=tuple(density or [0.3]),
-            batch=batch,
-            threads=records.available_cpus() if threads is None else threads,
-            runs=runs,
-            warmups=warmups,
-            keep_memory=keep_memory,
-        )
-        with records.writer(out) as write:
-            return cpu.run(options, write, Console())
-
-    _finish(run)
+_Images = Annotated[Path, typer.Option(help="Folder of photos.")]
+_Masks = Annotated[Path, typer.Option(help="Folder of their masks, equal stems, > 128.")]
+_Weights = Annotated[str, typer.Option(help="vit_t or a converted file.")]
+_Batch = Annotated[int, typer.Option(help="Images an encoder call.")]
+_Limit = Annotated[int | None, typer.Option(help="Only the first N photos.")]
+_Results = Annotated[Path, typer.Option(help="Folder of the raw files.")]
+_Document = Annotated[Path, typer.Option(help="The document.")]
 
 
-for suite in (
-    commands.ceilings,
-    commands.kernels,
-    commands.encoder,
-    commands.end_to_end,
-    commands.scaling,
-    commands.quick,
-):
-    app.command(name=suite.__name__.replace("_", "-"))(suite)
+def _command(function: Callable[..., int | None]) -> Callable[..., int | None]:
+    """A command of the function; it returns its exit code, or nothing."""
+
+    @app.command()
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        finish(lambda: function(**given) or 0)
+
+    return function
 
 
-@app.command()
+@_command
+def sanitize() -> int:
+    """Every kernel once, for NVIDIA's compute-sanitizer to watch: memcheck or racecheck."""
+    from benchmarks.suites import sanitize
+
+    return sanitize.run()
+
+
+@_command
+def on_gpus(
+    stage: Annotated[str, typer.Argument(help=f"{', '.join(stages.NAMES)}.")],
+    folder: Annotated[Path, typer.Argument(help="Of the records and of what is printed.")],
+    limit: Annotated[float, typer.Option(help="Seconds after which nothing starts.")] = 520,
+) -> int:
+    """What benchmarks/results holds of a machine's GPUs, a stage at a time."""
+    return stages.run(stage, folder, limit)
+
+
+@_command
 def quality(
-    images: Annotated[Path, typer.Option(help="Folder of photos.")],
-    masks: Annotated[Path, typer.Option(help="Folder of their masks, equal stems, > 128.")],
-    weights: Annotated[str, typer.Option(help="vit_t or a converted file.")] = "vit_t",
+    images: _Images,
+    masks: _Masks,
+    weights: _Weights = "vit_t",
     density: Annotated[
         list[float] | None,
         typer.Option(help="Of every preset; may be repeated. Without it: 0.5, 0.4, 0.3."),
@@ -87,59 +76,55 @@ def quality(
         Path | None,
         typer.Option(help='Instead: JSON list of {"name": ..., "sparsity": {Sparsity fields}}.'),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images an encoder call.")] = 8,
+    batch: _Batch = 8,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     implementation: Annotated[
         Literal["auto", "xla", "mosaic_gpu"], typer.Option(help="Of the attention.")
     ] = "auto",
-    limit: Annotated[int | None, typer.Option(help="Only the first N photos.")] = None,
+    limit: _Limit = None,
     threads: Annotated[
         int | None, typer.Option(help="Batches in flight. Without it: processors, at most 8.")
     ] = None,
     out: Out = None,
-) -> None:
+) -> int:
     """Box-prompt mIoU on photos with masks: dense, and what each sparsity changes."""
     from rich.console import Console
 
-    from benchmarks import records
     from benchmarks.suites.quality import candidates, changes, measure
     from benchmarks.suites.quality import variants as lists
 
-    def run() -> bool:
-        options = measure.Options(
-            images=images,
-            masks=masks,
-            weights=weights,
-            batch=batch,
-            dtype=dtype,
-            implementation=implementation,
-            limit=limit,
-            threads=min(8, records.available_cpus()) if threads is None else threads,
-        )
-        if variants is None:
-            chosen = candidates.presets(preset or ["default"], density or [0.5, 0.4, 0.3])
-        else:
-            chosen = lists.read(variants)
-        with records.writer(out) as write:
-            found = measure.run(options, chosen, write, Console())
-        if found:
-            changes.show(found, "the run")
-        return len(found) == 2 * (len(chosen) + 1)
-
-    _finish(run)
+    options = measure.Options(
+        images=images,
+        masks=masks,
+        weights=weights,
+        batch=batch,
+        dtype=dtype,
+        implementation=implementation,
+        limit=limit,
+        threads=min(8, records.available_cpus()) if threads is None else threads,
+    )
+    if variants is None:
+        chosen = candidates.presets(preset or ["default"], density or [0.5, 0.4, 0.3])
+    else:
+        chosen = lists.read(variants)
+    with records.writer(out) as write:
+        found = measure.run(options, chosen, write, Console())
+    if found:
+        changes.show(found, "the run")
+    return 0 if len(found) == 2 * (len(chosen) + 1) else 130
 
 
-@app.command()
+@_command
 def sweep(
-    images: Annotated[Path, typer.Option(help="Folder of photos.")],
-    masks: Annotated[Path, typer.Option(help="Folder of their masks, equal stems, > 128.")],
+    images: _Images,
+    masks: _Masks,
     variants: Annotated[
         list[Path], typer.Option(help="JSON list, as `candidates` writes it; repeatable.")
     ],
     out: Annotated[Path, typer.Option(help="JSON lines; what they already hold is kept.")],
-    weights: Annotated[str, typer.Option(help="vit_t or a converted file.")] = "vit_t",
-    batch: Annotated[int, typer.Option(help="Images an encoder call.")] = 20,
-    limit: Annotated[int | None, typer.Option(help="Only the first N photos.")] = None,
+    weights: _Weights = "vit_t",
+    batch: _Batch = 20,
+    limit: _Limit = None,
     threads: Annotated[
         int, typer.Option("--threads", "--processes", help="Programs that compile at a time.")
     ] = 12,
@@ -147,90 +132,63 @@ def sweep(
     timeout: Annotated[
         float, typer.Option(help="Seconds without a compiled variant that end the sweep.")
     ] = 240,
-) -> None:
+) -> int:
     """Many variants in few programs, no speeds; run again, it measures what is missing."""
     from rich.console import Console
 
-    from benchmarks import records
     from benchmarks.suites.quality import changes, sweep
     from benchmarks.suites.quality import variants as lists
 
-    def run() -> bool:
-        options = sweep.Options(
-            images=images,
-            masks=masks,
-            weights=weights,
-            batch=batch,
-            limit=limit,
-            compilers=threads,
-            seconds=seconds,
-            timeout=timeout,
-        )
-        missing = sweep.run(options, lists.read(*variants), out, Console())
-        if out.exists():
-            changes.show(records.read(out), str(out))
-        if missing:
-            typer.echo(f"not run: {', '.join(missing)}", err=True)
-        return not missing
-
-    _finish(run)
+    options = sweep.Options(
+        images=images,
+        masks=masks,
+        weights=weights,
+        batch=batch,
+        limit=limit,
+        compilers=threads,
+        seconds=seconds,
+        timeout=timeout,
+    )
+    missing = sweep.run(options, lists.read(*variants), out, Console())
+    if out.exists():
+        changes.show(records.read(out), str(out))
+    if missing:
+        typer.echo(f"not run: {', '.join(missing)}", err=True)
+    return 130 if missing else 0
 
 
-@app.command()
-def sweep_table(
-    file: Annotated[Path, typer.Argument(help="What `sweep` wrote.")],
-) -> None:
+@_command
+def sweep_table(file: Annotated[Path, typer.Argument(help="What `sweep` wrote.")]) -> None:
     """What a sweep measured: differences to dense on all photos and on either half of them."""
-    from benchmarks import records
     from benchmarks.suites.quality import changes
 
-    def run() -> bool:
-        changes.show(records.read(file), str(file))
-        return True
-
-    _finish(run)
+    changes.show(records.read(file), str(file))
 
 
-@app.command()
+@_command
 def quality_doc(
-    results: Annotated[Path, typer.Option(help="Folder of the raw files.")] = Path(
-        "benchmarks/results"
-    ),
-    out: Annotated[Path, typer.Option(help="The document.")] = Path("docs/quality.md"),
+    results: _Results = Path("benchmarks/results"), out: _Document = Path("docs/quality.md")
 ) -> None:
     """Write docs/quality.md from the raw files of `quality` and `sweep`."""
+    from benchmarks.report import quality_document
 
-    def run() -> bool:
-        from benchmarks.report import quality_document
-
-        quality_document.write(results, out)
-        return True
-
-    _finish(run)
+    quality_document.write(results, out)
 
 
-@app.command()
+@_command
 def report(
-    results: Annotated[Path, typer.Option(help="Folder of the raw files.")] = Path(
-        "benchmarks/results"
-    ),
-    out: Annotated[Path, typer.Option(help="The document.")] = Path("docs/benchmarks.md"),
+    results: _Results = Path("benchmarks/results"), out: _Document = Path("docs/benchmarks.md")
 ) -> None:
     """Write docs/benchmarks.md and its pictures from the raw files of all suites."""
+    from benchmarks.report import document
 
-    def run() -> bool:
-        from benchmarks.report import document
-
-        document.write(results, out)
-        return True
-
-    _finish(run)
+    document.write(results, out)
 
 
-@app.command()
+@_command
 def candidates(
     out: Annotated[Path, typer.Argument(help="JSON list of variants to write.")],
-    weights: Annotated[str, typer.Option(help="vit_t or a converted file.")] = "vit_t",
+    weights: _Weights = "vit_t",
     density: Annotated[
         list[float] | None,
         typer.Option(help="May be repeated. Without it: 0.4 and 0.3; with --methods 0.5 too."),
@@ -240,24 +198,19 @@ def candidates(
     ] = False,
 ) -> None:
     """Variants for `sweep`, each with the computed work of the released preset."""
+    from benchmarks.suites.quality import candidates, variants
+    from sparsesam_jax.checkpoints import native as files
+    from sparsesam_jax.checkpoints.pretrained import locate
 
-    def run() -> bool:
-        from benchmarks.suites.quality import candidates, variants
-        from sparsesam_jax.checkpoints import native as files
-        from sparsesam_jax.checkpoints.pretrained import locate
-
-        if methods:
-            found = candidates.compared(density or [0.5, 0.4, 0.3])
-        else:
-            config = files.read(locate(weights))[0].image_encoder
-            found = candidates.candidates(config, density or [0.4, 0.3])
-        variants.write(found, out)
-        return True
-
-    _finish(run)
+    if methods:
+        found = candidates.compared(density or [0.5, 0.4, 0.3])
+    else:
+        config = files.read(locate(weights))[0].image_encoder
+        found = candidates.candidates(config, density or [0.4, 0.3])
+    variants.write(found, out)
 
 
-@app.command()
+@_command
 def presets() -> None:
     """The named sparsities of `quality`."""
     from rich.console import Console
@@ -265,21 +218,6 @@ def presets() -> None:
     from benchmarks.suites.quality.candidates import preset_table
 
     Console().print(preset_table())
-
-
-def _finish(run: Callable[[], bool]) -> None:
-    """Exit code 2 and one line for a wrong argument, 1 for a wrong result, 130 after Ctrl-C."""
-    from benchmarks.worker import CheckError
-
-    try:
-        complete = run()
-    except (ValueError, OSError, CheckError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1 if isinstance(error, CheckError) else 2) from None
-    except KeyboardInterrupt:
-        complete = False
-    if not complete:
-        raise typer.Exit(130)
 
 
 if __name__ == "__main__":

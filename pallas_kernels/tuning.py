@@ -43,7 +43,7 @@ _SHARED = matmul_kernel.Config(tile_n=256, num_slots=1, take_turns=False)
 _ANY = (_PINGPONG, matmul_kernel.Config(), matmul_kernel.Config(tile_n=64))
 
 H200 = Tuning(
-    # `python -m benchmarks.stripe_attention`, TFLOP/s of the kernel alone, B8 N4096 H16: D 64 dense
+    # `python -m benchmarks tune stripe`, TFLOP/s of the kernel alone, B8 N4096 H16: D 64 dense
     # and at density 0.3, or as said.
     tiles=(
         stripe_schedule.Config(num_warpgroups=3, block_kv=128, num_stages=3),  # 414, 348
@@ -57,13 +57,13 @@ H200 = Tuning(
         stripe_schedule.Config(num_warpgroups=2, block_kv=64, num_stages=3),  # 185
         stripe_schedule.Config(num_warpgroups=2, block_kv=64, num_stages=2),
     ),
-    # `python -m benchmarks.window_attention`, ms a layer, B8, 64 x 64 tokens, H16, w 14.
+    # `python -m benchmarks tune window`, ms a layer, B8, 64 x 64 tokens, H16, w 14.
     windows=(
         window_kernel.Config(),  # D 64: 0.131 and 0.125 in two runs, without turns 0.135
         window_kernel.Config(q_stages=1),  # D 80: 0.218
         window_kernel.Config(kv_stages=1, q_stages=1),
     ),
-    # `python -m benchmarks.routed_mlp`, TFLOP/s at d = 1024 with bias and GELU; 1229, 4096, 9832
+    # `python -m benchmarks tune lin1`, TFLOP/s at d = 1024 with bias and GELU; 1229, 4096, 9832
     # and 32768 rows are densities 0.3 and 1 at batch 1 and 8.
     to_output={
         2048: (matmul_kernel.Config(tile_m=64, num_stages=6), *_ANY),  # 366

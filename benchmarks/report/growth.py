@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks import shapes
+from benchmarks.cases import shapes
 from benchmarks.records import Record
 from sparsesam_jax.config import Sparsity
 from sparsesam_jax.sparsity.work import encoder_work

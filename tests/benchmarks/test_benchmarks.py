@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import cpu, records
-from benchmarks.timing import Spread
-from benchmarks.worker import CheckError, Job
+from benchmarks import records
+from benchmarks.run import pool
+from benchmarks.run.pool import Job
+from benchmarks.run.timing import Spread
+from benchmarks.suites import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
@@ -111,27 +114,33 @@ def test_interrupted_cpu_keeps_results_and_names_missing_peers(tmp_path: Path) -
         assert bool(record["times_ms"]) != missing
 
 
-def test_dense_that_differs_is_not_timed() -> None:
-    features = np.ones((1, 2, 2, 3), np.float32)
-
-    def case(peer: str, output: np.ndarray) -> cpu.Case:
-        job = Job(
-            peer=peer,
-            implementation="any",
-            weights="",
-            pixels="",
-            output="",
-            threads=1,
-            warmups=0,
+def test_dense_that_differs_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    def case(name: str, scale: float, bound: float | None = cpu.MAX_DENSE_ERROR) -> Job:
+        return Job(
+            label=name,
+            module="toy_case",
+            arguments={"scale": scale},
+            environment=dict(os.environ),
+            known={"suite": "cpu", "name": name, "median_ms": None},
+            name=name,
+            reference=None if name == "torch" else "torch",
+            max_error=bound,
+            errors=cpu.errors,
         )
-        return cpu.Case(job, output=output)
 
-    torch = case("transformers", features)
-    cpu.check([torch, case("sparsesam_jax", features * (1 + 1e-4))])
-    with pytest.raises(CheckError, match=r"sparsesam_jax any must agree .* got 1.00e-03"):
-        cpu.check([torch, case("sparsesam_jax", features * (1 + 1e-3))])
-    with pytest.raises(CheckError, match="finite"):
-        cpu.check([torch, case("sparsesam_jax", features * np.nan)])
+    written: list[dict[str, Any]] = []
+    jobs = [case("torch", 1), case("near", 1.0001), case("far", 1.001), case("nan", np.nan, None)]
+    jobs.append(case("sparse", 2, None))
+    outcome = pool.run(jobs, cpu.Options(runs=2, commit="abc"), written.append)
+    assert outcome.exit_code == 1
+    found = {record["name"]: record for record in written}
+    assert found["near"]["times_ms"] == [1.0001, 1.0001] and found["near"]["runs"] == 2
+    assert found["far"]["not_run"] == "wrong: error 1.00e-03, at most 2e-04"
+    assert found["nan"]["not_run"] == "wrong: error nan"
+    assert found["sparse"]["max_error"] == found["sparse"]["relative_error"] == 1
+    for name in ("far", "nan"):
+        assert found[name]["median_ms"] is None and found[name]["times_ms"] == []
+    assert "timing 2 rounds" in capsys.readouterr().out
 
 
 def test_spread() -> None:

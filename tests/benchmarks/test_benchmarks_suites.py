@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,17 @@ from flax import nnx
 from test_benchmarks import KEYS, start
 from typer.testing import CliRunner
 
-from benchmarks import (
-    encoder,
-    encoder_torch,
-    end_to_end,
-    end_to_end_torch,
-    kernels,
-    kernels_torch,
-    machine,
-    pool,
-    records,
-    scaling,
-    shapes,
-)
+from benchmarks import on_gpus, records
 from benchmarks.__main__ import app
-from benchmarks.encoder_jax import build as build_ours
-from benchmarks.encoder_jax import random_state
-from benchmarks.kernel_cases import Case
-from benchmarks.pool import Job, relative_error
-from benchmarks.process import NotRunError
+from benchmarks.cases import shapes
+from benchmarks.cases.kernel_cases import Case
+from benchmarks.peers import PEERS, jax_models, torch_kernels, torch_models
 from benchmarks.report import growth
+from benchmarks.run import machine, pool
+from benchmarks.run.options import SuiteOptions
+from benchmarks.run.pool import Job, relative_error
+from benchmarks.run.process import NotRunError
+from benchmarks.suites import encoder, end_to_end, kernels, scaling
 from sparsesam_jax import Sam, SamPredictor, Sparsity
 from sparsesam_jax.config import PRESETS
 
@@ -81,6 +73,10 @@ def test_quick_measures_every_suite(quick: tuple[list[dict[str, Any]], str]) -> 
     assert {(r["op"], r["peer"]) for r in timed if r["suite"] == "kernels"} == {
         (op, peer) for op in ("stripe", "window", "mlp") for peer in ("sparsesam_jax", "torch")
     }
+    for record in timed:
+        if record["suite"] == "encoder" and record["peer"] == "sparsesam_jax":
+            assert 0 < record["trace_s"] < record["lower_s"] < record["compile_s"]
+            assert 0 < record["xla_s"] < record["compile_s"] and record["repeats_equal"]
     whole = [r for r in timed if r["suite"] == "end-to-end"]
     assert {(r["peer"], r["prompts"]) for r in whole} == {
         (peer, prompts) for peer in ("sparsesam_jax", "transformers") for prompts in (1, 10)
@@ -130,31 +126,20 @@ def test_names_wrong_input(arguments: tuple[str, ...], message: str) -> None:
     ids=["default", "group", "block", "spread"],
 )
 def test_torch_peer_is_the_same_function(sparsity: Sparsity) -> None:
-    kept = dataclasses.asdict(sparsity)
-    common: dict[str, Any] = dict(model="quick", batch=1, dtype="float32", sparsity=kept)
-    ours = build_ours(**common, implementation="xla", runs=0, warmups=0, timed=False)
-    flex = encoder_torch.build(**common, implementation="flex", runs=1, warmups=0)
-    assert ours.output is not None and flex.output is not None
+    ours = jax_models.encoder("xla", "quick", 1, "float32", sparsity, own_tables=True)
+    flex = torch_models.encoder("flex", "quick", 1, "float32", sparsity)
     assert relative_error(flex.output, ours.output) < 1e-5  # float32, sums in another order
 
 
 def test_torch_peer_refuses_what_it_does_not_know() -> None:
     with pytest.raises(NotRunError, match="sobel"):
-        encoder_torch.build(
-            model="quick",
-            batch=1,
-            implementation="flex",
-            dtype="float32",
-            sparsity=dataclasses.asdict(Sparsity.released(0.3)),
-            runs=1,
-            warmups=0,
-        )
+        torch_models.encoder("flex", "quick", 1, "float32", Sparsity.released(0.3))
 
 
 def test_torch_peer_compiles_as_one_graph() -> None:
     config = shapes.model_config("quick")
     device = torch.device("cpu")
-    model = encoder_torch.load_encoder(config, "flex", Sparsity(0.3), device, torch.float32)
+    model = torch_models.load_encoder(config, "flex", Sparsity(0.3), device, torch.float32)
     pixels = torch.from_numpy(shapes.random_pixels(config, 1)).permute(0, 3, 1, 2)
     with torch.inference_mode():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -163,15 +148,17 @@ def test_torch_peer_compiles_as_one_graph() -> None:
 
 def test_transformers_predicts_our_masks() -> None:
     model = shapes.QUICK_MODEL
-    size = end_to_end.image_size(model)
-    image, points = shapes.random_image(*size), shapes.diagonal_points(2, *size)
     config = shapes.model_config(model)
-    ours = SamPredictor(nnx.merge(*random_state(Sam.abstract(config), config, "float32")))
+    size = shapes.photo_size(config)
+    image, points = shapes.random_image(*size), shapes.diagonal_points(2, *size)
+    ours = SamPredictor(
+        nnx.merge(*jax_models.random_state(Sam.abstract(config), config, "float32"))
+    )
     ours.set_image(image)
     masks, *scores = ours.predict(points, np.ones(points.shape[:2], np.int32))
-    their_masks, *their_scores = end_to_end_torch.Predictor(
-        model, "transformers", "float32"
-    ).predict(image, points)
+    their_masks, *their_scores = torch_models.predictor("transformers", model, "float32").whole(
+        points
+    )
     assert their_masks.shape == masks.shape and their_masks.dtype == masks.dtype
     # Where torchvision resizes the image, some pixels are a level off.
     assert (their_masks & masks).sum() > 0.999 * (their_masks | masks).sum()
@@ -182,11 +169,11 @@ def test_transformers_predicts_our_masks() -> None:
 def test_transformers_runs_dense_only_and_compiled_on_a_gpu_only() -> None:
     densities = (1.0, 0.5, 0.3)
     jobs = end_to_end.jobs(end_to_end.Options(densities=densities))
-    for name in end_to_end.IMPLEMENTATIONS:
+    for name in end_to_end.Options().implementations:
         found = [job.known["density"] for job in jobs if job.known.get("implementation") == name]
-        assert found == list(densities if name in end_to_end.OURS else densities[:1])
+        assert found == list(densities if PEERS[name].ours else densities[:1])
     with pytest.raises(NotRunError, match=r"torch\.compile is measured on a GPU"):
-        end_to_end_torch.build("quick", "transformers-compile", "float32", runs=1)
+        torch_models.predictor("transformers-compile", "quick", "float32")
 
 
 def _toy(name: str, scale: float, **fields: Any) -> Job:
@@ -194,8 +181,7 @@ def _toy(name: str, scale: float, **fields: Any) -> Job:
         label=name,
         module="toy_case",
         arguments={"scale": scale, **fields},
-        environment=os.environ
-        | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.getcwd()])},
+        environment=dict(os.environ),
         known={"suite": "toy", "implementation": name, "median_ms": None},
         reference="one",
         max_error=1e-2,
@@ -208,14 +194,12 @@ def test_segment_anything_fast_gets_the_bias_of_every_axis(monkeypatch: pytest.M
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
     case = Case(op="stripe", model=shapes.QUICK_MODEL, batch=1, density=1.0, dtype="float32")
-    arguments: dict[str, Any] = dict(case=dataclasses.asdict(case), runs=1, loops=1)
     with pytest.raises(ImportError, match="segment_anything_fast"):
-        kernels_torch.build(**arguments, implementation="segment-anything-fast")
+        torch_kernels.stripe("segment-anything-fast", case, 1)
     package = types.SimpleNamespace(flash_4=types.SimpleNamespace(_attention_rel_h_rel_w=attention))
     monkeypatch.setitem(sys.modules, "segment_anything_fast", package)
-    ours = kernels_torch.build(**arguments, implementation="segment-anything-fast").output
-    want = kernels_torch.build(**arguments, implementation="eager").output
-    assert ours is not None and want is not None
+    ours = torch_kernels.stripe("segment-anything-fast", case, 1).output
+    want = torch_kernels.stripe("eager", case, 1).output
     np.testing.assert_allclose(ours, want, atol=1e-5)
 
 
@@ -230,7 +214,7 @@ def test_pool_checks_before_it_times(capsys: pytest.CaptureFixture[str]) -> None
         _toy("absent", -2),
         dataclasses.replace(_toy("unknown", 1), reference="two"),
     ]
-    outcome = pool.run(jobs, written.append, width=3, limit=100, commit="abc")
+    outcome = pool.run(jobs, SuiteOptions(width=3, limit=100, commit="abc"), written.append)
     assert outcome.exit_code == 1
     by_name = {r["implementation"]: r for r in written}
     assert by_name["right"]["median_ms"] == 1.001
@@ -245,8 +229,25 @@ def test_pool_checks_before_it_times(capsys: pytest.CaptureFixture[str]) -> None
     assert "unknown: 1.000 ms (1.000-1.000), unchecked" in capsys.readouterr().out
 
 
+def test_kept_processes_are_used_again_unless_their_case_failed() -> None:
+    children = pool.Children(keep=True)
+    environment = dict(os.environ)
+    child = children.take(environment)
+    child.start(_toy("one", 1))
+    assert child.receive(time.monotonic() + 60)["timed"]
+    children.give_back(child)
+    assert children.take(environment) is child
+    child.start(_toy("raises", 0))
+    assert child.receive(time.monotonic() + 60)["failed"]
+    children.give_back(child)
+    other = children.take(environment)
+    assert other is not child
+    children.give_back(other)
+    children.close()
+
+
 def test_pool_stops_at_its_limit() -> None:
-    outcome = pool.run([_toy("slow", 1, seconds=60)], lambda r: None, width=1, limit=0.5)
+    outcome = pool.run([_toy("slow", 1, seconds=60)], SuiteOptions(limit=0.5), lambda r: None)
     assert outcome.exit_code == 1
     assert outcome.results[0]["not_run"] == "its time was up"
 
@@ -328,3 +329,16 @@ def test_gpu_state_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.M
     assert machine.gpu_state() == {"driver": "580.1", "clocks": clocks}
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     assert machine.gpu_state() == {"driver": None, "clocks": None}
+
+
+def test_stages_are_commands_with_known_options(tmp_path: Path) -> None:
+    for stage in ("smoke", "encoder", "rest", "autotune"):
+        found = list(on_gpus.commands(stage))
+        assert found
+        for gpu, seconds, arguments in found:
+            assert 0 <= gpu < 4 and seconds > 0
+            result = CliRunner().invoke(app, [*arguments, "--list"])
+            assert result.exit_code == 0, result.output
+            assert "B8" in result.output or "B1" in result.output or "r1.0" in result.output
+    result = CliRunner().invoke(app, ["on-gpus", "all", str(tmp_path)])
+    assert result.exit_code == 2 and "stage must be one of smoke" in result.output

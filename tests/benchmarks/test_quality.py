@@ -17,8 +17,9 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from benchmarks import records, shapes
+from benchmarks import records
 from benchmarks.__main__ import app
+from benchmarks.cases import shapes
 from benchmarks.suites.quality import candidates, changes, measure, variants
 from benchmarks.suites.quality.variants import DENSE, Variant
 from sparsesam_jax import Sam, SamPredictor, Sparsity

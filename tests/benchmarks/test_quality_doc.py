@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import shapes
 from benchmarks.__main__ import app
+from benchmarks.cases import shapes
 from benchmarks.report import quality_document
 from benchmarks.suites.quality.variants import Variant
 from sparsesam_jax import Sparsity

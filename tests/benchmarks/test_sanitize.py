@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from benchmarks import sanitize
+from benchmarks.__main__ import app
+from benchmarks.suites import sanitize
 from pallas_kernels import implementation
 
 
@@ -17,11 +19,10 @@ def test_cases_run():
     assert len(set(names)) == len(names)
 
 
-def test_needs_a_gpu(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        sanitize.main()
-    assert exit_info.value.code == 2
-    assert capsys.readouterr().err.startswith("error: needs ")
+def test_needs_a_gpu():
+    result = CliRunner().invoke(app, ["sanitize"])
+    assert result.exit_code == 2
+    assert result.output.startswith("error: needs ")
 
 
 def test_a_wrong_kernel_is_said(monkeypatch, capsys):
@@ -30,9 +31,7 @@ def test_a_wrong_kernel_is_said(monkeypatch, capsys):
     values = {"right": {"xla": right, "mosaic_gpu": right}}
     values["wrong"] = {"xla": right, "mosaic_gpu": 2 * right}
     monkeypatch.setattr(sanitize, "cases", lambda: [(k, v.get) for k, v in values.items()])
-    with pytest.raises(SystemExit) as exit_info:
-        sanitize.main()
-    assert exit_info.value.code == 1
+    assert sanitize.run() == 1
     assert capsys.readouterr().out == "right: error 0.0e+00\nwrong: error 1.0e+00\n"
 
 

@@ -1,4 +1,4 @@
-"""A case for the tests of `benchmarks.pool`: no framework, and everything that can go wrong."""
+"""A case for the tests of `benchmarks.run.pool`: no framework, and everything that can go wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from benchmarks.process import NotRunError, Program
+from benchmarks.run.process import NotRunError, Program
 
 
 def build(scale: float, timed: bool = True, seconds: float = 0) -> Program:
@@ -20,6 +20,6 @@ def build(scale: float, timed: bool = True, seconds: float = 0) -> Program:
         os._exit(3)
     if scale == -2:
         raise NotRunError("no such device")
-    spread = {"median_ms": scale, "q1_ms": scale, "q3_ms": scale}
+    spread = {"median_ms": scale, "q1_ms": scale, "q3_ms": scale, "ms": scale}
     measure = (lambda: dict(spread)) if timed else None
     return Program(np.full(4, scale, np.float32), measure, {"note": "a toy"})

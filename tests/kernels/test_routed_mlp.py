@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from benchmarks.routed_mlp import Case, Task, measure
 from pallas_kernels import mlp_reference
 from pallas_kernels.gelu import gelu
 from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
@@ -235,15 +234,6 @@ def test_differentiation_names_the_xla_path():
         jax.grad(lambda x: run_routed(x, index, weights).sum())(x)
     with pytest.raises(NotImplementedError, match='implementation="xla"'):
         jax.grad(lambda w: run_dense(x, w).sum())(weights)
-
-
-@pytest.mark.parametrize("part", ["norm", "product1", "product2", "block"])
-@pytest.mark.parametrize("density", [1.0, 0.3])
-def test_benchmark_checks_before_it_times(part, density, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.routed_mlp.LOCK", str(tmp_path / "lock"))
-    case = Case(batch=1, num_tokens=32, width=64, density=density)
-    record = measure(Task(part=part, case=case, program="xla"), seed=0)
-    assert record["error"] < TOLERANCE["bfloat16"]
 
 
 @pytest.mark.gpu

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 import shutil
 import subprocess
@@ -10,7 +13,7 @@ from typing import Any
 
 from benchmarks import records
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "SPARSESAM_COMMIT"  # for copies of the tree that are no checkout
 _CLOCKS = {
     "sm_mhz": "clocks.sm",
@@ -69,8 +72,51 @@ def torch_environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "8"),
+        # Spinning OpenMP threads make PyTorch tens of times slower once anything else runs.
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
+
+
+def cpu_environment(threads: int, *, keep_memory: bool) -> dict[str, str]:
+    """For a process that runs any framework on so many processors.
+
+    Args:
+        threads: Of OpenMP; `use_processors` is for the others.
+        keep_memory: Whether glibc keeps freed memory instead of returning it to the system. Large
+            buffers are then not mapped, faulted in and zeroed again in every run.
+    """
+    environment = torch_environment() | {"CUDA_VISIBLE_DEVICES": ""}
+    environment["OMP_NUM_THREADS"] = str(threads)
+    kept = {
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    }
+    return environment | (kept if keep_memory else {})
+
+
+def use_processors(count: int) -> None:
+    """Keep this process to so many processors: XLA has as many threads as it sees."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def reset_peak_memory() -> bool:
+    """Give back what loading and compiling left, and forget their peak; whether the system can."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_mib() -> float:
+    """Peak of this process's resident memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def _environment() -> dict[str, str]:

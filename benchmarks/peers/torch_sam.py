@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from benchmarks.torch_sparse import Plan, Static, permute
+from benchmarks.peers.torch_sparse import Plan, Static, permute
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 
 EPSILON = 1e-6
@@ -39,61 +39,74 @@ def relative_position(
     return rel_h.reshape(*lead, height), rel_w.reshape(*lead, width)
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    """Attention from all logits in memory; q, k, v [B, H, N, D]."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    shape = (*logits.shape[:-1], rel_h.shape[-1], rel_w.shape[-1])
-    logits = logits.view(shape) + rel_h[..., :, None] + rel_w[..., None, :]
-    return logits.view(*shape[:-2], -1).softmax(-1) @ v
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    """PyTorch's fused attention with the bias as a mask in memory."""
-    bias = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-
-def sdpa_bar_attention(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, bar: Tensor
-) -> Tensor:
-    """The same over the tokens `bar` [B, K] alone, of a square window."""
-    side = rel_h.shape[-1]
-    k, v = permute(k, bar), permute(v, bar)
-
-    def of_keys(rel: Tensor, place: Tensor) -> Tensor:
-        return rel.gather(-1, place[:, None, None].expand(*rel.shape[:-1], -1))
-
-    bias = of_keys(rel_h, bar // side) + of_keys(rel_w, bar % side)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-
-def flex_attention(
+def attend(
+    attention: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     rel_h: Tensor,
     rel_w: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    block_mask: Any,
+    *,
+    sequence: Tensor | None = None,
+    mask: Any = None,
 ) -> Tensor:
-    """FlexAttention over a block mask (None: all); `rows`, `cols` [B, N] are the keys' places."""
+    """Attention of q, k, v [B, H, N, D] in raster order, with the query side of their bias.
+
+    Args:
+        attention: eager, sdpa, flex or fast (segment-anything-fast's kernel).
+        q: Queries.
+        k: Keys.
+        v: Values.
+        rel_h: Bias of every key row, [B, H, N, Gh].
+        rel_w: Bias of every key column, [B, H, N, Gw].
+        sequence: The order [B, N] that flex's mask is of; None is raster order. Of sdpa, the only
+            keys [B, K]; None is all.
+        mask: flex's block mask; None is dense.
+    """
+    if attention == "fast":
+        from segment_anything_fast import flash_4  # pyright: ignore[reportMissingImports]
+
+        return flash_4._attention_rel_h_rel_w(q, k, v, rel_h[..., None], rel_w[..., None, :])
+    if attention == "flex":
+        if sequence is None:
+            sequence = torch.arange(k.shape[2], device=k.device).expand(len(k), -1)
+        if mask is None:
+            return _flex_attention(q, k, v, rel_h, rel_w, sequence, None)
+        q, k, v, rel_h, rel_w = (permute(x, sequence) for x in (q, k, v, rel_h, rel_w))
+        return permute(_flex_attention(q, k, v, rel_h, rel_w, sequence, mask), sequence.argsort(-1))
+    if attention == "eager":
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        logits = logits.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))
+        logits = logits + rel_h[..., :, None] + rel_w[..., None, :]
+        return logits.flatten(-2).softmax(-1) @ v
+    if sequence is None:
+        bias = (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
+    else:
+        k, v, width = permute(k, sequence), permute(v, sequence), rel_w.shape[-1]
+        bias = _of_keys(rel_h, sequence // width) + _of_keys(rel_w, sequence % width)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def _of_keys(rel: Tensor, place: Tensor) -> Tensor:
+    return rel.gather(-1, place[:, None, None].expand(*rel.shape[:-1], -1))
+
+
+def _flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, sequence: Tensor, mask: Any
+) -> Tensor:
+    """FlexAttention over a block mask (None: all) of keys in the order of a sequence."""
     from torch.nn.attention import flex_attention as flex
+
+    width = rel_w.shape[-1]
+    rows, cols = sequence // width, sequence % width
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_index: Tensor, key: Tensor) -> Tensor:
         return score + rel_h[b, h, q_index, rows[b, key]] + rel_w[b, h, q_index, cols[b, key]]
 
     options: Any = {}
-    if block_mask is not None:  # tiles of the kernel must not be larger than blocks of the mask
+    if mask is not None:  # tiles of the kernel must not be larger than blocks of the mask
         options["kernel_options"] = {"BLOCK_M": 64, "BLOCK_N": 64}
-    return flex.flex_attention(q, k, v, score_mod=score_mod, block_mask=block_mask, **options)
-
-
-def fast_attention(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    """segment-anything-fast's Triton kernel, where that package is installed."""
-    from segment_anything_fast import flash_4  # pyright: ignore[reportMissingImports]
-
-    return flash_4._attention_rel_h_rel_w(q, k, v, rel_h[..., None], rel_w[..., None, :])
+    return flex.flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, **options)
 
 
 class LayerNorm2d(nn.Module):
@@ -133,30 +146,11 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         rel = relative_position(q, self.rel_pos_h, self.rel_pos_w, (height, width))
-        out = self.attend(q, k, v, *rel, plan)
+        sequence, mask = plan.attention(self.index, k)
+        name = self.attention if self.is_global or self.attention == "eager" else "sdpa"
+        out = attend(name, q, k, v, *rel, sequence=sequence, mask=mask)
         out = out.transpose(1, 2).reshape(batch, height, width, d)
         return self.proj(out)
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, plan: Plan
-    ) -> Tensor:
-        """Attention of q, k, v [B, H, N, D] in raster order."""
-        if self.attention == "eager":
-            return eager_attention(q, k, v, rel_h, rel_w)
-        if not self.is_global:
-            bar = plan.window_bar(self.index, k)
-            if bar is None:
-                return sdpa_attention(q, k, v, rel_h, rel_w)
-            return sdpa_bar_attention(q, k, v, rel_h, rel_w, bar)
-        if self.attention == "sdpa":
-            return sdpa_attention(q, k, v, rel_h, rel_w)
-        sequence, mask = plan.grid_bar(self.index, k)
-        width = rel_w.shape[-1]
-        if mask is None:
-            return flex_attention(q, k, v, rel_h, rel_w, sequence // width, sequence % width, None)
-        q, k, v, rel_h, rel_w = (permute(x, sequence) for x in (q, k, v, rel_h, rel_w))
-        out = flex_attention(q, k, v, rel_h, rel_w, sequence // width, sequence % width, mask)
-        return permute(out, sequence.argsort(-1))
 
 
 class MLPBlock(nn.Module):

@@ -10,6 +10,10 @@ from sparsesam_jax.config import PRESETS, ImageEncoderConfig, SamConfig
 WEIGHTS_DISTRIBUTION = "normal: kernels 1/sqrt(fan-in), tables 0.1, biases 0.02, scales 1 + 0.02"
 PIXELS_DISTRIBUTION = "standard normal"
 
+DTYPES = ("bfloat16", "float16", "float32")  # that encoders and kernels are measured in
+
+PHOTO_SIDES = (75 / 64, 225 / 128)  # height and width of a photo in sides of the model's input
+
 # Small enough for a test, large enough for several key blocks in either kind of attention.
 QUICK_MODEL = "quick"
 MODELS: dict[str, SamConfig] = {
@@ -37,6 +41,12 @@ def model_config(name: str) -> SamConfig:
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
     return MODELS[name]
+
+
+def photo_size(config: SamConfig) -> tuple[int, int]:
+    """Height and width of the photo that a model segments; 1200 x 1800 for SAM's 1024."""
+    side = config.image_encoder.image_size
+    return int(PHOTO_SIDES[0] * side), int(PHOTO_SIDES[1] * side)
 
 
 def random_weights(config: SamConfig, seed: int = 0) -> dict[str, np.ndarray]:

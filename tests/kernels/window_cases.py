@@ -1,35 +1,22 @@
-"""Correctness, then speed, of the window attention kernel on this machine's GPU.
-
-    python -m benchmarks.window_attention [--out results.jsonl] [--only B8 head] [--configs]
-
-Random normal inputs, fresh every run. Each case is first compared, on the last image's first and
-last head, with a float32 reference of the same rounded inputs. Times are medians over loops inside
-one program, of the kernel alone and of the whole function, which also computes the position bias.
-TFLOP/s are the kernel's and count 4 D times the (query, key) pairs of real queries and all keys of
-their window or bar, without the products of the bias.
-"""
+"""Cases of window attention, and their error against the reference in float32."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from stripe_cases import frobenius_error
 
-from benchmarks import gpu_table
 from pallas_kernels import reference
 from pallas_kernels.block_layout import BlockLayout
-from pallas_kernels.tuning import tuned
-from pallas_kernels.window_attention import launch, prepare
-from pallas_kernels.window_kernel import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One shape of the benchmark; `order` is static, window or head (per window and head)."""
+    """One call; `order` is static, window or head (per window and head)."""
 
     batch: int = 8
     side: int = 64
@@ -54,18 +41,6 @@ class Case:
     def windows(self) -> int:
         """Windows of an image."""
         return (-(-self.side // self.window_size)) ** 2
-
-
-CASES = [
-    Case(),
-    Case(dtype="float16"),
-    Case(head_dim=80),
-    Case(density=0.3),
-    Case(density=0.3, order="head"),
-    Case(batch=1),
-    Case(batch=1, density=0.3),
-    Case(batch=1, side=128),
-]
 
 
 class Arguments(NamedTuple):
@@ -113,36 +88,4 @@ def relative_error(case: Case, out: jax.Array, arguments: Arguments) -> float:
         return reference.window_attention(q, k, v, *rel, **options)
 
     want = attend(qkv[-1:, :, :, :, heads], *tables)
-    return gpu_table.frobenius_error(out[-1:, :, :, heads], want)
-
-
-def plan(case: Case, config: Config | None) -> gpu_table.Programs:
-    """The whole function and its kernel on fresh inputs."""
-    arguments = inputs(case, seed=time.time_ns() % 2**31)
-    is_static, statics = case.order == "static", None
-    options: dict[str, Any] = dict(window_size=case.window_size, layout=case.layout, config=config)
-
-    def prepare_arrays(arrays: Arguments) -> tuple[Any, ...]:
-        nonlocal statics
-        order = arguments.order if is_static else arrays.order
-        statics, operands = prepare(*arrays[:3], order=order, **options)
-        return operands
-
-    def kernel(operands: tuple[Any, ...]) -> jax.Array:
-        return launch(statics, *operands)
-
-    pairs = case.batch * case.num_heads * case.side**2 * case.layout.bar_len
-    return gpu_table.Programs(
-        whole=lambda arrays: kernel(prepare_arrays(arrays)),
-        prepare=prepare_arrays,
-        kernel=kernel,
-        arrays=arguments._replace(order=None) if is_static else arguments,
-        error=lambda out: relative_error(case, out, arguments),
-        flops=4.0 * case.head_dim * pairs,
-    )
-
-
-if __name__ == "__main__":
-    # Turns have no effect where an operand has one stage.
-    configs = (*tuned().windows, Config(take_turns=False))
-    gpu_table.main("Window attention: the kernel and the whole function", plan, CASES, configs)
+    return frobenius_error(out[-1:, :, :, heads], want)

@@ -1,14 +1,13 @@
 """Every kernel once, on shapes that are small enough for NVIDIA's compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.sanitize
-    compute-sanitizer --tool racecheck python -m benchmarks.sanitize
+    compute-sanitizer --tool memcheck python -m benchmarks sanitize
+    compute-sanitizer --tool racecheck python -m benchmarks sanitize
 
 Prints the error of each beside XLA; the sanitizer says how many errors or hazards it saw.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.pool import relative_error
+from benchmarks.run.pool import relative_error
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.implementation import device_problem
 from pallas_kernels.layer_norm import layer_norm
@@ -103,20 +102,19 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "layer norm", bound(layer_norm, stream, normal(d), normal(d), dtype=jnp.bfloat16)
 
 
-def main() -> None:
-    """Run all; exit code 2 where the kernels cannot run, 1 where one is wrong."""
+def run() -> int:
+    """Run all; 1 where one is wrong, else 0.
+
+    Raises:
+        ValueError: The kernels cannot run here.
+    """
     problem = device_problem()
     if problem is not None:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError(problem)
     wrong = False
     for name, case in cases():
         got, want = (np.asarray(case(x), np.float32) for x in ("mosaic_gpu", "xla"))
         error = relative_error(got, want)
         wrong |= not error <= MAX_ERROR
         print(f"{name}: error {error:.1e}", flush=True)
-    sys.exit(int(wrong))
-
-
-if __name__ == "__main__":
-    main()
+    return int(wrong)

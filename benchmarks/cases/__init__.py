@@ -1,0 +1,1 @@
+"""What is measured: shapes, weights and inputs that all suites and peers share."""

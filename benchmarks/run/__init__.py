@@ -1,0 +1,1 @@
+"""How cases run: processes of their own, a check, then times; and what they run on."""
