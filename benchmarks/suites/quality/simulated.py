@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 from pallas_kernels import reference
 from sparsesam_jax import Sam
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
-from sparsesam_jax.methods.base import with_method
 from sparsesam_jax.methods.group_update import GroupUpdate, Skipped
 from sparsesam_jax.methods.sequences import (
     SequenceMethod,
@@ -51,7 +50,7 @@ def masked(sam: Sam, sparsity: Sparsity, update: GroupUpdate | None = None) -> S
         mlp_start=None,
     )
     skipped = None if update is None else update.skipped
-    model = with_method(sam, Masked(1.0, ranking=ranking, skipped=skipped))
+    model = Masked(1.0, ranking=ranking, skipped=skipped).apply(sam)
     encoder: Any = model.image_encoder
     grid = (encoder.config.grid_size, encoder.config.grid_size)
     kept = [_kept(encoder.config, sparsity, update, i, grid) for i in range(encoder.config.depth)]

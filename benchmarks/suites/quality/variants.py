@@ -79,7 +79,7 @@ class Variant(NamedTuple):
             return methods.apply(sam, *self.method)
         grouped = self._grouped
         if grouped is not None:
-            return methods.with_method(sam, grouped)
+            return grouped.apply(sam)
         return sam.with_sparsity(self.sparsity)
 
     def gmacs(self, config: ImageEncoderConfig) -> float:
