@@ -18,6 +18,7 @@ __all__ = [
     "Implementation",
     "Importance",
     "Layout",
+    "Padding",
     "Preset",
     "PromptKind",
     "ProtocolName",
@@ -36,6 +37,7 @@ Ranking = Literal["group", "block", "spread", "none"]
 Importance = Literal["sobel", "dispersion", "uniform", "random"]
 Features = Literal["keys", "input"]
 Split = Literal["balanced", "equal"]
+Padding = Literal["square", "crop"]  # of photos that are no squares
 Preset = Literal["sparsesam", "released"]  # what a density alone stands for
 
 # Evaluation: prompts that are taken from ground truth, protocols and the paper's figures.

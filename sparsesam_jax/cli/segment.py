@@ -18,6 +18,7 @@ from sparsesam_jax.cli.options import (
     DtypeOption,
     ImplementationOption,
     MaxPixelsOption,
+    PaddingOption,
     ValueRangeOption,
     WeightsOption,
     check_implementation,
@@ -59,6 +60,7 @@ def segment(
     ] = None,
     implementation: ImplementationOption = "auto",
     dtype: DtypeOption = "float32",
+    padding: PaddingOption = "square",
     multimask: Annotated[
         bool, typer.Option("--multimask", help="The proposals for an ambiguous prompt, not one.")
     ] = False,
@@ -121,13 +123,20 @@ def segment(
     clock = _Clock()
     sam = Sam.from_pretrained(weights, dtype=dtype, implementation=implementation)
     predictors = {
-        value: SamPredictor(sam if sparsity is None else sam.with_sparsity(sparsity))
+        value: SamPredictor(
+            sam if sparsity is None else sam.with_sparsity(sparsity), padding=padding
+        )
         for value, sparsity in sparsities.items()
     }
     load_s = clock.lap()
     if multimask:  # a model may have another number of proposals than SAM's
         outputs.check(paths, densities, count * sam.config.num_multimask_outputs)
-    common = {"weights": weights, "implementation": implementation, "dtype": dtype}
+    common = {
+        "weights": weights,
+        "implementation": implementation,
+        "dtype": dtype,
+        "padding": padding,
+    }
     as_text = _as_text if len(paths) * len(densities) == 1 else _as_line
     problems = 0
     with _progress(len(paths)) as advance:

@@ -163,7 +163,7 @@ def _measure(
     """The masks of all images, of which those that are on disk already are not found again."""
     file = MaskFile(options.out / f"{_file_stem(candidate)}.jsonl", resume=options.resume)
     todo = [item for item in items if item.record["id"] not in file.found]
-    predictor = SamPredictor(candidate.model(sam))
+    predictor = SamPredictor(candidate.model(sam), padding=options.padding)
     compiled = True  # the first image compiles
     for item in track(todo, f"{candidate.method} {candidate.density:g}", console=console):
         image = options.reader.read(options.images / item.record["file_name"])

@@ -81,7 +81,7 @@ class Evaluation:
         self.config = self.sam.config.image_encoder
         self.protocol: Protocol = make_protocol(options.protocol, self.config.image_size)
         self.predictors = {
-            candidate: SamPredictor(candidate.model(self.sam))
+            candidate: SamPredictor(candidate.model(self.sam), padding=options.padding)
             for candidate in (DENSE, *options.candidates)
             if candidate == DENSE or not candidate.is_dense
         }

@@ -16,7 +16,7 @@ from sparsesam_jax import methods
 from sparsesam_jax.checkpoints.atomic import atomic_path
 from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.checkpoints.sources import locate, size_in_bytes
-from sparsesam_jax.choices import Dtype, Implementation
+from sparsesam_jax.choices import Dtype, Implementation, Padding
 from sparsesam_jax.evaluation.candidates import Candidate
 from sparsesam_jax.predict.image_files import DEFAULT_READER, PhotoReader
 
@@ -31,6 +31,7 @@ class RunOptions:
         weights: Name or path of the weights.
         dtype: What is computed in; None is float32, or what the protocol has.
         implementation: As for `Sam`.
+        padding: As for `SamPredictor`.
         resume: Whether to continue what `out` holds.
         reader: How photos are read.
     """
@@ -40,6 +41,7 @@ class RunOptions:
     weights: str = "vit_t"
     dtype: Dtype | None = None
     implementation: Implementation = "auto"
+    padding: Padding = "square"
     resume: bool = False
     reader: PhotoReader = DEFAULT_READER
 
@@ -81,6 +83,8 @@ class RunOptions:
             "weights_bytes": size_in_bytes(locate(self.weights)),
             "dtype": self.compute_dtype,
             "implementation": self.implementation,
+            # Runs of before there was a choice have no such entry.
+            **({} if self.padding == "square" else {"padding": self.padding}),
             **own,
             "sparsities": {
                 candidate.method: dataclasses.asdict(candidate.sparsity)

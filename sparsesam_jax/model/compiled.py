@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from sparsesam_jax.choices import Padding
+from sparsesam_jax.config import Grid
 from sparsesam_jax.model.image_encoder import AttentionTables
+from sparsesam_jax.model.program import Graph, Program
 from sparsesam_jax.model.sam import ImageEmbedding, Labels, Prediction, SamModel
 from sparsesam_jax.model.transforms import normalise
 
@@ -50,12 +53,12 @@ class CompiledSam:
         self.dtype = sam.mask_decoder.dtypes.compute
         decoder = _without(sam, "image_encoder")
         # Apart, so that models that differ in the encoder's sparsity share the decoder's program.
-        self._decoder = _Program.of(decoder)
+        self._decoder = Program.of(decoder)
         self._encoder = self._whole = None
         if hasattr(sam, "image_encoder"):
-            self._encoder = _Program.of(_without(sam, "prompt_encoder", "mask_decoder"))
-            self._whole = _Program.of(sam)
-        self._tables: dict[tuple[int, int], tuple[AttentionTables, ...]] = {}
+            self._encoder = Program.of(_without(sam, "prompt_encoder", "mask_decoder"))
+            self._whole = Program.of(sam)
+        self._tables: dict[tuple[Grid, Grid | None], tuple[AttentionTables, ...]] = {}
 
     @property
     def has_encoder(self) -> bool:
@@ -73,19 +76,32 @@ class CompiledSam:
         decoder.__dict__.update(self.__dict__, _encoder=None, _whole=None, _tables={})
         return decoder
 
-    def encode(self, pixels: Float[Array | np.ndarray, "B height width 3"]) -> ImageEmbedding:
+    def encode(
+        self, pixels: Float[Array | np.ndarray, "B height width 3"], frame: Grid | None = None
+    ) -> ImageEmbedding:
         """`SamModel.encode`: normalised, padded images to what the decoder needs of them."""
-        program = self._require_encoder()
-        return _encode(program.graph, program.leaves, self._tables_of(pixels.shape[1:3]), pixels)
+        program, tables = self._require_encoder(), self._tables_of(pixels.shape[1:3], frame)
+        return _encode(program.graph, frame, program.leaves, tables, pixels)
 
     def encode_padded(
         self,
         padded: Sequence[Num[Array | np.ndarray, "height width 3"]],
         sizes: Int[np.ndarray, "B 2"],
+        crop: tuple[int, int] | None = None,
     ) -> ImageEmbedding:
-        """The same for images of 0 to 255, padded but not normalised; sizes without padding."""
-        program, tables = self._require_encoder(), self._tables_of(padded[0].shape[:2])
-        return _encode_padded(program.graph, program.leaves, tables, list(padded), sizes)
+        """The same for images of 0 to 255, padded but not normalised; sizes without padding.
+
+        Args:
+            padded: The images.
+            sizes: Height and width of each without its padding.
+            crop: Height and width of what is encoded of the padded images, whose frame it keeps;
+                None is all.
+        """
+        program, whole = self._require_encoder(), (padded[0].shape[0], padded[0].shape[1])
+        frame = None if crop is None else self._grid(whole)
+        tables = self._tables_of(crop or whole, frame)
+        statics = (program.graph, frame, crop)
+        return _encode_padded(*statics, program.leaves, tables, list(padded), sizes)
 
     def decode(
         self,
@@ -95,6 +111,7 @@ class CompiledSam:
         mask_input: Float[Array | np.ndarray, "B P h w"] | None = None,
         *,
         first: int | None = None,
+        frame: Grid | None = None,
         multimask_output: bool = True,
         hq_token_only: bool = False,
     ) -> tuple[Float[Array, "B P K h w"], Float[Array, "B P K"]]:
@@ -107,6 +124,7 @@ class CompiledSam:
             mask_input: See `SamModel.decode`.
             first: Where the prompts are for fewer images than the embedding has: the first of
                 them. None takes all images.
+            frame: The one that `encode` was given.
             multimask_output: See `SamModel.decode`.
             hq_token_only: See `SamModel.decode`.
         """
@@ -118,6 +136,7 @@ class CompiledSam:
             labels,
             mask_input,
             None if first is None else np.int32(first),
+            frame=frame,
             multimask_output=multimask_output,
             hq_token_only=hq_token_only,
         )
@@ -130,6 +149,7 @@ class CompiledSam:
         mask_input: Float[Array | np.ndarray, "B P h w"] | None = None,
         *,
         image_size: int | None = None,
+        padding: Padding = "square",
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> Prediction:
@@ -144,58 +164,27 @@ class CompiledSam:
             labels,
             mask_input,
             image_size=image_size,
+            padding=padding,
             multimask_output=multimask_output,
             return_logits=return_logits,
         )
 
-    def _require_encoder(self) -> _Program:
+    def _require_encoder(self) -> Program:
         if self._encoder is None:
             raise RuntimeError("this model has no image encoder: only embeddings can be decoded")
         return self._encoder
 
-    def _tables_of(self, size: tuple[int, ...]) -> tuple[AttentionTables, ...]:
-        """What the encoder derives from its weights for images of this size, made once."""
+    def _grid(self, size: tuple[int, ...]) -> Grid:
         patch = self.config.image_encoder.patch_size
-        grid = (size[0] // patch, size[1] // patch)
-        if grid not in self._tables:
+        return size[0] // patch, size[1] // patch
+
+    def _tables_of(self, size: tuple[int, ...], frame: Grid | None) -> tuple[AttentionTables, ...]:
+        """What the encoder derives from its weights for images of this size, made once."""
+        key = (self._grid(size), frame)
+        if key not in self._tables:
             program = self._require_encoder()
-            self._tables[grid] = _encoder_tables(program.graph, program.leaves, grid)
-        return self._tables[grid]
-
-
-class _Program(NamedTuple):
-    """A model taken apart for a jitted function."""
-
-    graph: _Graph
-    leaves: list[Array]
-
-    @classmethod
-    def of(cls, model: nnx.Module) -> _Program:
-        graphdef, state = nnx.split(model)
-        leaves, tree = jax.tree.flatten(state)
-        return cls(_Graph(graphdef, tree), leaves)
-
-
-class _Graph:
-    """A model's structure as a static argument, hashed once: hashing takes milliseconds."""
-
-    def __init__(self, graphdef: nnx.GraphDef, tree: Any):
-        self._parts = (graphdef, tree)
-        self._hash = hash(self._parts)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Graph) and self._parts == other._parts)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Graph, self._parts  # another process hashes texts to other numbers
-
-    def merge(self, leaves: list[Array]) -> Any:
-        """The model with these parameters."""
-        graphdef, tree = self._parts
-        return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+            self._tables[key] = _encoder_tables(program.graph, program.leaves, *key)
+        return self._tables[key]
 
 
 def _without(model: SamModel, *parts: str) -> SamModel:
@@ -207,34 +196,45 @@ def _without(model: SamModel, *parts: str) -> SamModel:
     return model
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _encoder_tables(
-    graph: _Graph, leaves: list[Array], grid: tuple[int, int]
+    graph: Graph, leaves: list[Array], grid: Grid, frame: Grid | None
 ) -> tuple[AttentionTables, ...]:
-    return graph.merge(leaves).image_encoder.tables(grid)
+    return graph.merge(leaves).image_encoder.tables(grid, frame)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _encode(
-    graph: _Graph, leaves: list[Array], tables: tuple[AttentionTables, ...], pixels: Array
+    graph: Graph,
+    frame: Grid | None,
+    leaves: list[Array],
+    tables: tuple[AttentionTables, ...],
+    pixels: Array,
 ) -> ImageEmbedding:
-    return graph.merge(leaves).encode(pixels, tables)
+    return graph.merge(leaves).encode(pixels, tables, frame)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _encode_padded(
-    graph: _Graph,
+    graph: Graph,
+    frame: Grid | None,
+    crop: tuple[int, int] | None,
     leaves: list[Array],
     tables: tuple[AttentionTables, ...],
     padded: list[Array],
     sizes: Array,
 ) -> ImageEmbedding:
-    return graph.merge(leaves).encode(normalise(jnp.stack(padded), sizes), tables)
+    images = jnp.stack(padded)
+    if crop is not None:
+        images = images[:, : crop[0], : crop[1]]
+    return graph.merge(leaves).encode(normalise(images, sizes), tables, frame)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("multimask_output", "hq_token_only"))
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("frame", "multimask_output", "hq_token_only")
+)
 def _decode(
-    graph: _Graph,
+    graph: Graph,
     leaves: list[Array],
     embedding: ImageEmbedding,
     points: Array,
@@ -242,6 +242,7 @@ def _decode(
     mask_input: Array | None,
     first: Array | None,
     *,
+    frame: Grid | None,
     multimask_output: bool,
     hq_token_only: bool,
 ) -> tuple[Array, Array]:
@@ -257,15 +258,18 @@ def _decode(
         mask_input,
         multimask_output=multimask_output,
         hq_token_only=hq_token_only,
+        frame=frame,
     )
     return low_res.astype(jnp.float32), iou
 
 
 @functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("image_size", "multimask_output", "return_logits")
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("image_size", "padding", "multimask_output", "return_logits"),
 )
 def _predict(
-    graph: _Graph,
+    graph: Graph,
     leaves: list[Array],
     images: Array,
     points: Array,

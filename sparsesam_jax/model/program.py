@@ -26,6 +26,9 @@ class Graph:
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Graph) and self._parts == other._parts)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graph, self._parts  # another process hashes texts to other numbers
+
     def merge(self, leaves: list[Array]) -> Any:
         """The model with these arrays."""
         graphdef, tree = self._parts

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels.implementation import Implementation
+from sparsesam_jax.choices import Padding, check_choice
 from sparsesam_jax.config import Grid, SamConfig, Sparsity
 from sparsesam_jax.model.image_encoder import AttentionTables, ImageEncoder
 from sparsesam_jax.model.layers import DTypes
@@ -19,6 +20,7 @@ from sparsesam_jax.model.mask_decoder import MaskDecoder
 from sparsesam_jax.model.prompt_encoder import ABSENT, BOX_TOP_LEFT, NOT_A_POINT, PromptEncoder
 from sparsesam_jax.model.transforms import (
     MASK_THRESHOLD,
+    crop_shape,
     mask_resize_matrices,
     preprocess,
     resized_shape,
@@ -185,6 +187,7 @@ class SamModel(nnx.Module):
         mask_input: Float[Array, "B P h w"] | None = None,
         *,
         image_size: int | None = None,
+        padding: Padding = "square",
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> Prediction:
@@ -197,20 +200,29 @@ class SamModel(nnx.Module):
                 Points without a box get the point that SAM adds by themselves.
             mask_input: Low-resolution logits of an earlier prediction.
             image_size: Side of the padded input; None is the configuration's.
+            padding: `square` as SAM pads, or `crop`, which leaves out whole rows or columns of
+                blocks of 8 tokens that would hold padding alone.
             multimask_output: Whether to return the proposals instead of the single-mask output.
             return_logits: Whether `masks` holds logits instead of booleans.
         """
         image_size = image_size or self.config.image_encoder.image_size
         height, width = images.shape[1:3]
         original, size = (height, width), resized_shape(height, width, image_size)
-        embedding = self.encode(preprocess(images, image_size))
+        pixels, frame = preprocess(images, image_size), None
+        check_choice("padding", padding, Padding)
+        if padding == "crop":
+            patch = self.config.image_encoder.patch_size
+            frame = (image_size // patch, image_size // patch)
+            crop = crop_shape(size, image_size, patch)
+            pixels = pixels[:, : crop[0], : crop[1]]
+        embedding = self.encode(pixels, frame=frame)
         points, labels = add_padding_point(scale_points(points, original, size), labels)
         low_res, iou = self.decode(
-            embedding, points, labels, mask_input, multimask_output=multimask_output
+            embedding, points, labels, mask_input, multimask_output=multimask_output, frame=frame
         )
         low_height, low_width = low_res.shape[-2:]
         rows, cols = mask_resize_matrices(
-            (low_height, low_width), (image_size, image_size), size, original
+            (low_height, low_width), (pixels.shape[1], pixels.shape[2]), size, original
         )
         precision = jax.lax.Precision.HIGHEST
         masks = jnp.einsum("yh,bpkhw,xw->bpkyx", rows, low_res, cols, precision=precision)

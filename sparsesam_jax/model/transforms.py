@@ -22,6 +22,17 @@ def resized_shape(height: int, width: int, long_side: int) -> tuple[int, int]:
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
+def crop_shape(resized: tuple[int, int], image_size: int, patch_size: int) -> tuple[int, int]:
+    """Height and width that the padded input keeps of its square under `padding="crop"`.
+
+    Whole blocks of 8 tokens, as the attention kernels take them: photos of all shapes share few
+    programs.
+    """
+    unit = 8 * patch_size
+    height, width = (min(-(-side // unit) * unit, image_size) for side in resized)
+    return height, width
+
+
 def resize_and_pad(
     image: UInt8[np.ndarray, "height width 3"], image_size: int
 ) -> tuple[UInt8[np.ndarray, "image_size image_size 3"], tuple[int, int]]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparsesam_jax.checkpoints import native
-from sparsesam_jax.config import SamConfig
+from sparsesam_jax.config import Grid, SamConfig
 from sparsesam_jax.model.sam import ImageEmbedding
 from sparsesam_jax.predict.prompt_arrays import ImageSizes
 
@@ -31,12 +31,15 @@ class Embedding:
         early_features: Output of the first global block, [B, Gh, Gw, d]; SAM-HQ only, else None.
         sizes: Each image's size as it came and as it lies in the padded input.
         fingerprint: Of the decoder that these features are for, see `fingerprint`.
+        frame: Rows and columns of the padded square's features, of which these are the top left
+            part; None where they are all of it.
     """
 
     features: Float[Array | np.ndarray, "B Gh Gw C"]
     early_features: Float[Array | np.ndarray, "B Gh Gw d"] | None
     sizes: tuple[ImageSizes, ...]
     fingerprint: str
+    frame: Grid | None = None
 
     def __post_init__(self) -> None:
         if self.features.ndim != 4 or len(self.features) != len(self.sizes):
@@ -64,6 +67,7 @@ class Embedding:
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "sizes": json.dumps(self.sizes),
+            "frame": json.dumps(self.frame),
         }
         native.write_safetensors(path, metadata, specs, lambda name: np.asarray(arrays[name]))
 
@@ -82,15 +86,18 @@ class Embedding:
             raise ValueError(f"{path} must be a file that Embedding.save wrote, got format {got!r}")
         try:
             sizes = [ImageSizes(*map(tuple, pair)) for pair in json.loads(metadata["sizes"])]
-            fingerprint = metadata["fingerprint"]
+            fingerprint, frame = metadata["fingerprint"], json.loads(metadata["frame"])
+            frame = None if frame is None else (int(frame[0]), int(frame[1]))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} must have sizes and a fingerprint, got neither") from error
+            raise ValueError(
+                f"{path} must have sizes, a fingerprint and a frame, got none"
+            ) from error
         features, early = (
             native.load_tensor(path, name) if name in tensors else None
             for name in ImageEmbedding._fields
         )
         assert features is not None
-        return cls(features, early, tuple(sizes), fingerprint)
+        return cls(features, early, tuple(sizes), fingerprint, frame)
 
 
 def fingerprint(config: SamConfig, decoder_leaves: Sequence[Array]) -> str:

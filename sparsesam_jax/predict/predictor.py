@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self, get_args
@@ -11,9 +12,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num, UInt8
 
+from sparsesam_jax.choices import Padding, check_choice
+from sparsesam_jax.config import Grid
 from sparsesam_jax.model import transforms as host_transforms
 from sparsesam_jax.model.compiled import CompiledSam
 from sparsesam_jax.model.sam import SamModel
+from sparsesam_jax.model.transforms import crop_shape
 from sparsesam_jax.predict import device_transforms
 from sparsesam_jax.predict.chunks import PROMPTS, PROMPTS_ON_CPU, Call, Masks, Result, calls
 from sparsesam_jax.predict.embedding import Embedding, fingerprint
@@ -35,7 +39,7 @@ class SamPredictor:
 
     Everything traced has static shapes: images are padded to `image_size`, and prompts are decoded
     in chunks that are filled up to a power of two. Whatever the photos' sizes, the encoder compiles
-    once per batch size.
+    once per batch size, or with `padding="crop"` once per batch size and shape of grid.
 
     The parameters are those that the model has when the predictor is made; `refresh` takes them
     anew. Predictors pickle and deep-copy, and travel to workers that are spawned; a forked process
@@ -50,13 +54,24 @@ class SamPredictor:
             on the `host`, on the `device`, or `auto`, on the device where that is no CPU. Masks
             and logits of the device are read-only in pinned memory: copy what you keep for long.
 
+        padding: `square`, as SAM pads, or `crop`: what would be padding alone is left out, by
+            whole blocks of 8 tokens. Positions stay those of the square. A batch shares the
+            smallest grid that holds all its images: photos of one shape belong together.
+
     Raises:
-        ValueError: `image_size` is no multiple of the patch size, or `transforms` is unknown.
+        ValueError: `image_size` is no multiple of the patch size, or `transforms` or `padding` is
+            unknown.
     """
 
     def __init__(
-        self, sam: SamModel, image_size: int | None = None, *, transforms: Transforms = "auto"
+        self,
+        sam: SamModel,
+        image_size: int | None = None,
+        *,
+        transforms: Transforms = "auto",
+        padding: Padding = "square",
     ):
+        check_choice("padding", padding, Padding)
         if transforms not in get_args(Transforms):
             expected = ", ".join(get_args(Transforms))
             raise ValueError(f"transforms must be one of {expected}; got {transforms!r}")
@@ -68,6 +83,7 @@ class SamPredictor:
             )
         self.sam = sam
         self.image_size = image_size
+        self.padding: Padding = padding
         self.on_device = transforms == "device" or (
             transforms == "auto" and jax.default_backend() != "cpu"
         )
@@ -126,7 +142,7 @@ class SamPredictor:
             for x in embedding.arrays
         )
         assert features is not None
-        self._embedding = Embedding(features, early, embedding.sizes, embedding.fingerprint)
+        self._embedding = dataclasses.replace(embedding, features=features, early_features=early)
 
     def set_image(
         self,
@@ -385,6 +401,7 @@ class SamPredictor:
                 embedding.arrays,
                 *pad_together(parts, call.prompts, length),
                 first=None if call.images == len(arrays) else call.image,
+                frame=embedding.frame,
                 multimask_output=multimask_output,
                 hq_token_only=hq_token_only,
             )
@@ -408,8 +425,18 @@ class SamPredictor:
 
     def _embed(self, padded: list[Any], sizes: list[ImageSizes]) -> Embedding:
         resized = np.array([size.resized for size in sizes], np.int32)
-        encoded = self.compiled.encode_padded(padded, resized)
-        return Embedding(*encoded, tuple(sizes), self.fingerprint)
+        crop, frame = self._crop(resized)
+        encoded = self.compiled.encode_padded(padded, resized, crop)
+        return Embedding(*encoded, tuple(sizes), self.fingerprint, frame)
+
+    def _crop(self, resized: np.ndarray) -> tuple[tuple[int, int] | None, Grid | None]:
+        """What is encoded of the square and the square's grid; None where it is all of it."""
+        patch, side = self.compiled.config.image_encoder.patch_size, self.image_size
+        height, width = (int(length) for length in resized.max(0))
+        crop = crop_shape((height, width), side, patch)
+        if self.padding == "square" or crop == (side, side):
+            return None, None
+        return crop, (side // patch, side // patch)
 
     def _require_embedding(self) -> Embedding:
         embedding = self._embedding

@@ -90,7 +90,7 @@ def test_another_models_embedding_is_refused(tmp_path, predictor: SamPredictor):
     ("metadata", "message"),
     [
         ({}, "must be a file that Embedding.save wrote, got format None"),
-        ({"format": "sparsesam_jax.embedding"}, "must have sizes and a fingerprint"),
+        ({"format": "sparsesam_jax.embedding"}, "must have sizes, a fingerprint and a frame"),
     ],
 )
 def test_other_files_are_refused(tmp_path, metadata: dict, message: str):

@@ -16,6 +16,7 @@ from sparsesam_jax.model import transforms
 from sparsesam_jax.model.image_encoder import ImageEncoder
 from sparsesam_jax.model.mask_decoder import MaskDecoder
 from sparsesam_jax.predict import predictor as predictor_module
+from sparsesam_jax.predict.embedding import Embedding
 
 BOX = np.array([10.0, 20.0, 90.0, 70.0])
 POINTS, LABELS = np.array([[40.0, 50.0], [80.0, 20.0]]), np.array([1, 0])
@@ -299,3 +300,45 @@ def test_masks_are_resized_as_the_matrices_say(original: tuple[int, int]):
     out = transforms.resize_mask_logits(logits, *frame)
     assert out.shape == (2, 3, *original) and out.dtype == np.float32
     np.testing.assert_allclose(out, rows @ logits @ cols.T, atol=1e-5)
+
+
+def test_crop_is_the_square_where_the_photo_is_one(sam: Sam):
+    square, crop = SamPredictor(sam), SamPredictor(sam, padding="crop")
+    for predictor in (square, crop):
+        predictor.set_image(photo(64, 64))
+    for one, other in zip(square.predict(box=BOX / 2), crop.predict(box=BOX / 2), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match="padding must be one of square, crop; got 'none'"):
+        SamPredictor(sam, padding="none")
+
+
+@pytest.mark.parametrize("transforms", ["host", "device"])
+def test_crop_leaves_out_what_is_padding_alone(tmp_path, transforms):
+    """Positions, prompts and masks are those of the square; a batch has one grid for all."""
+    config = dataclasses.replace(
+        SMALL, image_encoder=dataclasses.replace(SMALL.image_encoder, image_size=256)
+    )
+    sam = Sam.from_pretrained(random_weights(tmp_path / "sam.safetensors", config))
+    predictor = SamPredictor(sam, padding="crop", transforms=transforms)
+    predictor.set_image(photo(60, 120))
+    assert predictor.get_image_embedding().shape == (1, 8, 16, 32)
+    masks, iou, low_res = predictor.predict(POINTS, LABELS)
+    assert (masks.shape, low_res.shape) == ((3, 60, 120), (3, 32, 64))
+    again = predictor.predict(box=BOX[[0, 1, 2, 3]] / 2, mask_input=low_res[:1])
+    assert again[2].shape == (3, 32, 64)
+    # The pure function.
+    images, points = jnp.asarray(photo(60, 120)[None]), jnp.asarray(POINTS[None, None], jnp.float32)
+    pure = sam.compiled()(images, points, jnp.asarray(LABELS)[None, None], padding="crop")
+    np.testing.assert_allclose(pure.low_res_logits[0, 0], low_res, atol=5e-2)
+    np.testing.assert_allclose(pure.iou_predictions[0, 0], iou, atol=5e-2)
+    # An embedding knows its frame, also from a file.
+    predictor.embedding.save(tmp_path / "embedding.safetensors")
+    other = SamPredictor(sam)
+    other.embedding = Embedding.load(tmp_path / "embedding.safetensors")
+    np.testing.assert_allclose(other.predict(POINTS, LABELS)[2], low_res, atol=1e-5)
+    predictor.set_image_batch([photo(60, 120), photo(40, 120, 1)])
+    assert predictor.get_image_embedding().shape == (2, 8, 16, 32)
+    batch = predictor.predict_batch([POINTS, POINTS / 2], [LABELS, LABELS])
+    np.testing.assert_allclose(batch[2][0], low_res, atol=1e-4)
+    predictor.set_image_batch([photo(60, 120), photo(120, 60, 1)])
+    assert predictor.get_image_embedding().shape == (2, 16, 16, 32)
