@@ -7,6 +7,7 @@ import dataclasses
 import multiprocessing
 import pickle
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +125,10 @@ def _predict_in_worker(predictor: SamPredictor) -> tuple:
 
 
 def test_travels_to_a_spawned_worker(predictor: SamPredictor):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.apply(_predict_in_worker, (predictor,))
+    # An executor says so where a worker dies; a pool would wait for ever.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        found = executor.submit(_predict_in_worker, predictor).result(timeout=300)
     for a, b in zip(found, predictor.predict(box=BOX), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
