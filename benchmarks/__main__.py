@@ -42,6 +42,21 @@ def _command(function: Callable[..., int | None]) -> Callable[..., int | None]:
 
 
 @_command
+def photos(
+    model: Annotated[str, typer.Option(help="vit_t, vit_b, vit_l or vit_h.")] = "vit_l",
+    count: Annotated[int, typer.Option(help="Photos, each of its own size.")] = 1000,
+    dtype: Annotated[str, typer.Option(help="What is computed in.")] = "bfloat16",
+    density: Annotated[list[float] | None, typer.Option(help="Of the crops. [1 0.4]")] = None,
+    batch: Annotated[int, typer.Option(help="Images of a crop's batch; 0 leaves crops out.")] = 8,
+    out: Out = None,
+) -> None:
+    """How many programs photos of all sizes compile, and what cropping their padding saves."""
+    from benchmarks.suites import photos
+
+    photos.run(model, count, dtype, density or (1.0, 0.4), batch, out)
+
+
+@_command
 def sanitize() -> int:
     """Every kernel once, for NVIDIA's compute-sanitizer to watch: memcheck or racecheck."""
     from benchmarks.suites import sanitize
