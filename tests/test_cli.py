@@ -370,8 +370,9 @@ def test_weights_may_have_any_format(capsys, tmp_path, photo):
     assert descriptions[0][0] == f"weights        tiny.safetensors ({tiny})"
     for weights, file_format, lines in zip(forms, formats, descriptions, strict=True):
         assert lines[0].endswith(f" ({weights})")
-        assert lines[1].endswith(f", float32, {file_format}")
-        assert lines[2:] == descriptions[0][2:]
+        assert lines[1] == f"format         {file_format}"
+        assert lines[2].endswith(" MB, float32")
+        assert lines[3:] == descriptions[0][3:]
 
 
 def test_convert_is_the_converter(capsys, tmp_path, tiny):

@@ -143,8 +143,8 @@ def _counter() -> Callable[[], int]:
     """How many programs have been compiled by now."""
     seen = [0]
 
-    def listener(event: str, duration: float, **_: str | int) -> None:
-        del duration
+    def listener(event: str, duration_secs: float, **_: str | int) -> None:
+        del duration_secs
         seen[0] += event == _COMPILED
 
     jax.monitoring.register_event_duration_secs_listener(listener)

@@ -263,7 +263,7 @@ def test_errors(weights_file, tmp_path):
         sam.with_sparsity(Sparsity((0.5, 0.5)))
     with pytest.raises(ValueError, match="mlp_start must lie behind"):
         sam.with_sparsity(Sparsity(0.5, mlp_start=1))
-    with pytest.raises(ValueError, match="weights must be one of the embedded"):
+    with pytest.raises(ValueError, match="weights must be the name of embedded ones"):
         Sam.from_pretrained(tmp_path / "missing.safetensors")
     with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
         Sam.from_pretrained(weights_file, dtype=jnp.float64)
