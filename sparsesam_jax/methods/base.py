@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.config import Grid, ImageEncoderConfig, Sparsity
-from sparsesam_jax.model.image_encoder import AttentionTables, ImageEncoder
+from sparsesam_jax.model.blocks import AttentionTables
+from sparsesam_jax.model.image_encoder import ImageEncoder
 from sparsesam_jax.sparsity.work import EncoderWork
 
 

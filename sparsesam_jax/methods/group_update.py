@@ -21,7 +21,8 @@ from jaxtyping import Array, Float
 from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 from sparsesam_jax.methods.base import BlockMethod
 from sparsesam_jax.methods.sequences import dense_mlp
-from sparsesam_jax.model.image_encoder import Block, ImageEncoder
+from sparsesam_jax.model.blocks import Block
+from sparsesam_jax.model.image_encoder import ImageEncoder
 from sparsesam_jax.model.layers import add
 from sparsesam_jax.sparsity import orders
 from sparsesam_jax.sparsity.macs import mlp_work

@@ -34,7 +34,7 @@ from sparsesam_jax.methods.sequences import (
     softmax,
     window_count,
 )
-from sparsesam_jax.model.image_encoder import Block
+from sparsesam_jax.model.blocks import Block
 from sparsesam_jax.model.layers import add
 from sparsesam_jax.sparsity.macs import mlp_work
 from sparsesam_jax.sparsity.work import EncoderWork

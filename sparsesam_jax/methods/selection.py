@@ -21,7 +21,7 @@ from sparsesam_jax.methods.sequences import (
     dense_mlp,
     sequence_work,
 )
-from sparsesam_jax.model.image_encoder import Block
+from sparsesam_jax.model.blocks import Block
 from sparsesam_jax.sparsity.work import EncoderWork
 
 BLOCK_KV = 64

@@ -2,7 +2,7 @@
 
 Windowed and global attention become one: the tokens of every window, or of the whole grid, are a
 sequence in raster order with its own position bias. Keys and values come without their bias, as
-`image_encoder.Attention` explains; a padded token of a window has k = 0 and v = 0.
+`blocks.Attention` explains; a padded token of a window has k = 0 and v = 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from jaxtyping import Array, Float
 from pallas_kernels import reference
 from sparsesam_jax.config import ImageEncoderConfig
 from sparsesam_jax.methods.base import BlockMethod
-from sparsesam_jax.model.image_encoder import Block, ImageEncoder, relative_table
+from sparsesam_jax.model.blocks import Block, relative_table
+from sparsesam_jax.model.image_encoder import ImageEncoder
 from sparsesam_jax.model.layers import add
 from sparsesam_jax.sparsity.macs import attention_work
 from sparsesam_jax.sparsity.work import EncoderWork, encoder_work

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from sparsesam_jax.choices import Padding
 from sparsesam_jax.config import Grid
-from sparsesam_jax.model.image_encoder import AttentionTables
+from sparsesam_jax.model.blocks import AttentionTables
 from sparsesam_jax.model.program import Graph, Program
 from sparsesam_jax.model.sam import ImageEmbedding, Labels, Prediction, SamModel
 from sparsesam_jax.model.transforms import normalise

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax.choices import Padding, check_choice
 from sparsesam_jax.config import Grid, SamConfig, Sparsity
-from sparsesam_jax.model.image_encoder import AttentionTables, ImageEncoder
+from sparsesam_jax.model.blocks import AttentionTables
+from sparsesam_jax.model.image_encoder import ImageEncoder
 from sparsesam_jax.model.layers import DTypes
 from sparsesam_jax.model.mask_decoder import MaskDecoder
 from sparsesam_jax.model.prompt_encoder import ABSENT, BOX_TOP_LEFT, NOT_A_POINT, PromptEncoder

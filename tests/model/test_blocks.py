@@ -15,7 +15,8 @@ from models import SMALL, random_weights
 from pallas_kernels import implementation, reference
 from sparsesam_jax import Sam, SamConfig, Sparsity
 from sparsesam_jax.config import BlockConfig
-from sparsesam_jax.model.image_encoder import Block, ImageEncoder, run_block
+from sparsesam_jax.model.blocks import Block, run_block
+from sparsesam_jax.model.image_encoder import ImageEncoder
 from sparsesam_jax.model.layers import FLOAT32
 from sparsesam_jax.sparsity.plan import Rankings, encoder_plan
 from sparsesam_jax.sparsity.split import is_routed

@@ -146,7 +146,7 @@ def test_tables_made_beforehand_change_nothing(sam: Sam):
 
 def test_position_tables_interpolate_as_torch_does():
     torch = pytest.importorskip("torch")
-    from sparsesam_jax.model.image_encoder import relative_table
+    from sparsesam_jax.model.blocks import relative_table
 
     table = np.random.default_rng(0).standard_normal((27, 8)).astype(np.float32)
     for grid in (9, 14, 20):

@@ -27,7 +27,7 @@ from sparsesam_jax.methods.sequences import (
     product,
     softmax,
 )
-from sparsesam_jax.model.image_encoder import Block
+from sparsesam_jax.model.blocks import Block
 from sparsesam_jax.model.layers import add
 from sparsesam_jax.sparsity import orders
 from sparsesam_jax.sparsity.plan import (
