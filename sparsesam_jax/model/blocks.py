@@ -77,6 +77,7 @@ class Block(nnx.Module):
         Returns:
             The residual stream, and the rankings with those that this block made.
         """
+        tables = tables or self.attn.tables(plan.grid, plan.frame)  # once, for both uses
         normed = self._norm("norm1", x, plan)
         attended, rankings = self.attn.attend(normed, x, plan, rankings, tables)
         x = self.attn.project(attended, plan, tables, residual=x)
