@@ -23,7 +23,7 @@ Index = Array | np.ndarray  # static where it is a numpy array
 # nothing makes it wait. Unrolled, because XLA's cost analysis counts the body of a loop once.
 _QUERY_CHUNK = 256
 # Finite, so that a row without any valid key (padding that is cut off later) has no NaN gradient.
-_MASKED = -1e30
+MASKED = -1e30
 
 
 def stripe_attention(
@@ -52,16 +52,16 @@ def stripe_attention(
         layout: Which blocks are computed.
         block_order: Rank -> key block of every image; None is the identity.
     """
-    q, k, v, rel_h, rel_w = jax.tree.map(_swap, (q, k, v, rel_h, rel_w))
-    rows, cols = _head_major(key_rows), _head_major(key_cols)
+    q, k, v, rel_h, rel_w = jax.tree.map(swap, (q, k, v, rel_h, rel_w))
+    rows, cols = head_major(key_rows), head_major(key_cols)
     parts = []
     if layout.num_bar_blocks:
-        bar = _bar_positions(layout, block_order)
-        keys = (_take(k, bar, axis=2), _take(v, bar, axis=2))
-        place = (_take(rows, bar, axis=2), _take(cols, bar, axis=2))
+        bar = bar_positions(layout, block_order)
+        keys = (take(k, bar, axis=2), take(v, bar, axis=2))
+        place = (take(rows, bar, axis=2), take(cols, bar, axis=2))
         parts.append(_attend_bar(q, rel_h, rel_w, *keys, *place))
     if layout.diagonal:
-        parts.append(_attend_diagonal(q, k, v, rel_h, rel_w, rows, cols, layout, block_order))
+        parts.append(attend_diagonal(q, k, v, rel_h, rel_w, rows, cols, layout, block_order))
     return _merge(parts).normalised(q.dtype).swapaxes(1, 2)
 
 
@@ -91,20 +91,31 @@ def window_attention(
     """
     batch, height, width = q.shape[:3]
     q, k, v, rel_h, rel_w = jax.tree.map(
-        lambda x: _swap(window_partition(x, window_size)), (q, k, v, rel_h, rel_w)
+        lambda x: swap(window_partition(x, window_size)), (q, k, v, rel_h, rel_w)
     )  # [B W, H, w w, ...]
-    rows, cols = _raster(window_size, window_size)
-    if layout is not None and not layout.is_dense:
-        if order is None:
-            raise ValueError("order must be given with a sparse layout, got None")
-        order = order[..., : layout.bar_len]
-        if order.ndim > 1:
-            order = order.reshape(q.shape[0], *order.shape[2:])
-        order = _head_major(order)
-        k, v = _take(k, order, axis=2), _take(v, order, axis=2)
-        rows, cols = order // window_size, order % window_size
+    keys = window_keys(order, layout)
+    if keys is not None:
+        k, v = take(k, keys, axis=2), take(v, keys, axis=2)
+    rows, cols = window_places(keys, window_size)
     out = _partial(q, k, v, _bias(rel_h, rel_w, rows, cols)).normalised(q.dtype)
     return window_unpartition(out.swapaxes(1, 2), window_size, (batch, height, width))
+
+
+def window_keys(order: Index | None, layout: BlockLayout | None) -> Index | None:
+    """Raster indices of the keys that windows attend to, [B W or 1, H or 1, K]; None is all."""
+    if layout is None or layout.is_dense:
+        return None
+    if order is None:
+        raise ValueError("order must be given with a sparse layout, got None")
+    order = order[..., : layout.bar_len]
+    return head_major(order if order.ndim == 1 else order.reshape(-1, *order.shape[2:]))
+
+
+def window_places(keys: Index | None, window_size: int) -> tuple[Index, Index]:
+    """Rows and columns, in a window, of what `window_keys` gave."""
+    if keys is None:
+        return _raster(window_size, window_size)
+    return keys // window_size, keys % window_size
 
 
 def relative_position(
@@ -117,8 +128,8 @@ def relative_position(
     Source: MViTv2, arXiv 2112.01526, Eq. 4; SAM, arXiv 2304.02643.
     """
     return (
-        _einsum("byxhd,yid->byxhi", q, rel_pos_h),
-        _einsum("byxhd,xjd->byxhj", q, rel_pos_w),
+        einsum("byxhd,yid->byxhi", q, rel_pos_h),
+        einsum("byxhd,xjd->byxhj", q, rel_pos_w),
     )
 
 
@@ -163,7 +174,7 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-class _Partial(NamedTuple):
+class Partial(NamedTuple):
     """Softmax attention over some of the keys, not yet divided by its total weight."""
 
     out: Array  # [..., Q, D]
@@ -175,7 +186,8 @@ class _Partial(NamedTuple):
         return (self.out / self.total).astype(dtype)
 
 
-def _einsum(subscripts: str, x: Array, y: Array) -> Array:
+def einsum(subscripts: str, x: Array, y: Array) -> Array:
+    """A product with float32 sums, in full precision where its operands are float32."""
     return jnp.einsum(
         subscripts,
         x,
@@ -185,16 +197,16 @@ def _einsum(subscripts: str, x: Array, y: Array) -> Array:
     )
 
 
-def _partial(q: Array, k: Array, v: Array, bias: Array | float) -> _Partial:
+def _partial(q: Array, k: Array, v: Array, bias: Array | float) -> Partial:
     """Attention of q [..., Q, D] to k, v [..., K, D] with bias [..., Q, K] or none, 0."""
-    logits = _einsum("...qd,...kd->...qk", q, k) * q.shape[-1] ** -0.5 + bias
+    logits = einsum("...qd,...kd->...qk", q, k) * q.shape[-1] ** -0.5 + bias
     maximum = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.exp(logits - maximum)
-    out = _einsum("...qk,...kd->...qd", weights.astype(v.dtype), v)
-    return _Partial(out, maximum, weights.sum(-1, keepdims=True))
+    out = einsum("...qk,...kd->...qd", weights.astype(v.dtype), v)
+    return Partial(out, maximum, weights.sum(-1, keepdims=True))
 
 
-def _merge(parts: list[_Partial]) -> _Partial:
+def _merge(parts: list[Partial]) -> Partial:
     """Attention over the keys of one or two parts."""
     if len(parts) == 1:
         return parts[0]
@@ -202,10 +214,10 @@ def _merge(parts: list[_Partial]) -> _Partial:
     maximum = jnp.maximum(first.maximum, second.maximum)
     scales = jnp.exp(first.maximum - maximum), jnp.exp(second.maximum - maximum)
     out = first.out * scales[0] + second.out * scales[1]
-    return _Partial(out, maximum, first.total * scales[0] + second.total * scales[1])
+    return Partial(out, maximum, first.total * scales[0] + second.total * scales[1])
 
 
-def _swap(x: Array) -> Array:
+def swap(x: Array) -> Array:
     """Tokens and heads in each other's place."""
     return x.swapaxes(1, 2)
 
@@ -218,11 +230,11 @@ def _attend_bar(
     v: Array,
     rows: Index,
     cols: Index,
-) -> _Partial:
+) -> Partial:
     """All queries' attention to the bar's keys, a chunk of queries at a time."""
 
     @jax.checkpoint  # the logits of a chunk are computed again rather than kept for a gradient
-    def chunk(q: Array, rel_h: Array | None, rel_w: Array | None) -> _Partial:
+    def chunk(q: Array, rel_h: Array | None, rel_w: Array | None) -> Partial:
         return _partial(q, k, v, _bias(rel_h, rel_w, rows, cols))
 
     queries = (q, rel_h, rel_w)
@@ -230,10 +242,10 @@ def _attend_bar(
         chunk(*jax.tree.map(lambda x: x[:, :, start : start + _QUERY_CHUNK], queries))  # noqa: B023
         for start in range(0, q.shape[2], _QUERY_CHUNK)
     ]
-    return _Partial(*(jnp.concatenate(field, axis=2) for field in zip(*parts, strict=True)))
+    return Partial(*(jnp.concatenate(field, axis=2) for field in zip(*parts, strict=True)))
 
 
-def _attend_diagonal(
+def attend_diagonal(
     q: Array,
     k: Array,
     v: Array,
@@ -243,7 +255,7 @@ def _attend_diagonal(
     cols: Index,
     layout: BlockLayout,
     block_order: Array | None,
-) -> _Partial:
+) -> Partial:
     """Each query's attention to the blocks at its own position that the bar does not hold."""
     seq_len, unit = q.shape[2], max(layout.block_q, layout.block_kv)
     padding = -seq_len % unit
@@ -263,11 +275,11 @@ def _attend_diagonal(
     computed = ~in_bar & (np.arange(seq_len + padding) < seq_len)
     computed = computed.reshape(-1, 1, computed.shape[-1] // unit, 1, unit)
     bias = _bias(*jax.tree.map(units, (rel_h, rel_w, rows, cols)))
-    part = _partial(units(q), units(k), units(v), jnp.where(computed, bias, _MASKED))
-    return _Partial(*(x.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, :seq_len] for x in part))
+    part = _partial(units(q), units(k), units(v), jnp.where(computed, bias, MASKED))
+    return Partial(*(x.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, :seq_len] for x in part))
 
 
-def _bar_positions(layout: BlockLayout, block_order: Array | None) -> Array | slice:
+def bar_positions(layout: BlockLayout, block_order: Array | None) -> Array | slice:
     """Positions of the bar's keys in the sequence: a prefix, or [B, 1, bar] by block rank."""
     if block_order is None:
         return slice(layout.bar_len)
@@ -276,12 +288,12 @@ def _bar_positions(layout: BlockLayout, block_order: Array | None) -> Array | sl
     return bar[..., : layout.bar_len]
 
 
-def _head_major(index: Index) -> Index:
+def head_major(index: Index) -> Index:
     """An index [K], [B, K] or [B, H, K] as [B or 1, H or 1, K]."""
     return index.reshape(*index.shape[:-1], *(1,) * (3 - index.ndim), index.shape[-1])
 
 
-def _take(x: Index, index: Index | slice, axis: int) -> Any:
+def take(x: Index, index: Index | slice, axis: int) -> Any:
     """Entries of x along its axis of tokens; `index` broadcasts over batch and heads."""
     if isinstance(index, slice):
         return x[(slice(None),) * axis + (index,)]

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import reference
+from pallas_kernels import cudnn_attention, reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.choices import Implementation
 from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
@@ -159,10 +159,13 @@ def _xla_stripe_attention(
     layout: BlockLayout,
     block_order: Array | None,
 ) -> Array:
-    """`reference.stripe_attention` of the tokens in the order of the sequence."""
+    """Attention of the tokens in the order of the sequence, through cuDNN where that runs."""
     q, k, v = (qkv[:, :, :, i] for i in range(3))
     tables = given_tables(rel_pos_h, rel_pos_w)
     rel = reference.relative_position(q, *tables) if tables else ()
+    attend = reference.stripe_attention
+    if cudnn_attention.runs(q.dtype, q.shape[-1]):
+        attend, rel = cudnn_attention.stripe_attention, [x.astype(q.dtype) for x in rel]
     shape, width = q.shape, q.shape[2]
     arrays = [x.reshape(shape[0], layout.seq_len, *x.shape[3:]) for x in (q, k, v, *rel)]
     if layout.is_dense:
@@ -173,9 +176,7 @@ def _xla_stripe_attention(
     rows, cols = positions // width, positions % width
     q, k, v, *rel = arrays
     rel_h, rel_w = rel or (None, None)
-    out = reference.stripe_attention(
-        q, k, v, rel_h, rel_w, rows, cols, layout=layout, block_order=block_order
-    )
+    out = attend(q, k, v, rel_h, rel_w, rows, cols, layout=layout, block_order=block_order)
     if sequence is not None:
         out = permute(out, inverse(sequence))
     return out.reshape(shape)

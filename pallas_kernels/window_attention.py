@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import reference
+from pallas_kernels import cudnn_attention, reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.choices import Implementation
 from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
@@ -190,4 +190,5 @@ def _xla_window_attention(
     if tables:
         by_row, by_col = (x[:, :window_size] for x in tables)
         rel_h, rel_w = reference.relative_position(q, by_row, by_col)
-    return reference.window_attention(q, k, v, rel_h, rel_w, window_size=window_size, **options)
+    program = cudnn_attention if cudnn_attention.runs(q.dtype, q.shape[-1]) else reference
+    return program.window_attention(q, k, v, rel_h, rel_w, window_size=window_size, **options)
