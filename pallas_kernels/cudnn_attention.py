@@ -65,9 +65,8 @@ def stripe_attention(
     rows, cols = reference.head_major(key_rows), reference.head_major(key_cols)
     diagonal = None
     if layout.diagonal and not layout.is_dense:
-        by_head: list[Any] = [
-            x if x is None else reference.swap(x) for x in (q, k, v, rel_h, rel_w)
-        ]
+        by_head: tuple[Any, Any, Any, Any, Any]
+        by_head = jax.tree.map(reference.swap, (q, k, v, rel_h, rel_w))
         diagonal = reference.attend_diagonal(*by_head, rows, cols, layout, block_order)
         if not layout.num_bar_blocks:
             return reference.swap(diagonal.normalised(q.dtype))
