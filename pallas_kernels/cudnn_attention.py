@@ -145,11 +145,14 @@ def attend(
         given = jnp.clip(weight, -_LARGEST_LOGIT, _LARGEST_LOGIT) * root
         ours = [*ours, given]
         theirs = [*theirs, jnp.zeros((*k.shape[:3], 1))]
-        # Its row of k is zero; so is that of v but for the column behind the values.
-        theirs = [jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in theirs]
-        theirs[-1] = theirs[-1].at[:, -1].set(1)
-        k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, x is v))) for x in (k, v))
-        v = v.at[:, -1, :, -1].set(1)
+        # Its row of k is zero; so is that of v but for the column behind the values. Or two such
+        # keys: the gradient of a written bias wants an even number.
+        copies = 2 - k.shape[1] % 2
+        theirs = [jnp.pad(x, ((0, 0), (0, copies), (0, 0), (0, 0))) for x in theirs]
+        theirs[-1] = theirs[-1].at[:, -copies:].set(1)
+        k, v = (jnp.pad(x, ((0, 0), (0, copies), (0, 0), (0, x is v))) for x in (k, v))
+        v = v.at[:, -copies:, :, -1].set(1)
+        shift = shift + math.log(copies)
     ours, theirs = (_joined(columns, q.dtype) for columns in (ours, theirs))
     out = _attend(q, k, v, ours, theirs, root, widest or widest_head(), library)
     if diagonal is None:

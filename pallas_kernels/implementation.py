@@ -1,6 +1,8 @@
 """The one rule for `implementation`: which program runs an attention function.
 
-- `"xla"` is plain jax.numpy and runs everywhere.
+- `"xla"` is plain jax.numpy and runs everywhere. Its attention goes through cuDNN where the default
+  device is an NVIDIA GPU of compute capability 8.0 or higher and the dtype has 16 bits
+  (`pallas_kernels.cudnn_attention`).
 - `"mosaic_gpu"` is the Pallas Mosaic GPU kernel. It runs on jax >= 0.11 (earlier versions lack
   parts of Mosaic GPU that the kernels use) on a GPU of compute capability 9.x (Hopper: the kernels
   are built on wgmma), for the dtypes, head dims, grids and orders that each kernel lists. Anything

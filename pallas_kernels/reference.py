@@ -122,14 +122,15 @@ def relative_position(
     q: Float[Array, "B Gh Gw H D"],
     rel_pos_h: Float[Array, "Gh Sh D"],
     rel_pos_w: Float[Array, "Gw Sw D"],
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B Gh Gw H Sh"], Float[Array, "B Gh Gw H Sw"]]:
-    """The query side of the decomposed position bias, float32: `q . rel_pos_h[y, i]` and columns.
+    """The query side of the decomposed position bias: `q . rel_pos_h[y, i]` and columns.
 
     Source: MViTv2, arXiv 2112.01526, Eq. 4; SAM, arXiv 2304.02643.
     """
     return (
-        einsum("byxhd,yid->byxhi", q, rel_pos_h),
-        einsum("byxhd,xjd->byxhj", q, rel_pos_w),
+        einsum("byxhd,yid->byxhi", q, rel_pos_h, dtype),
+        einsum("byxhd,xjd->byxhj", q, rel_pos_w, dtype),
     )
 
 
@@ -186,14 +187,14 @@ class Partial(NamedTuple):
         return (self.out / self.total).astype(dtype)
 
 
-def einsum(subscripts: str, x: Array, y: Array) -> Array:
+def einsum(subscripts: str, x: Array, y: Array, dtype: DTypeLike = jnp.float32) -> Array:
     """A product with float32 sums, in full precision where its operands are float32."""
     return jnp.einsum(
         subscripts,
         x,
         y,
         precision=matmul_precision(x.dtype),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -162,10 +163,10 @@ def _xla_stripe_attention(
     """Attention of the tokens in the order of the sequence, through cuDNN where that runs."""
     q, k, v = (qkv[:, :, :, i] for i in range(3))
     tables = given_tables(rel_pos_h, rel_pos_w)
-    rel = reference.relative_position(q, *tables) if tables else ()
-    attend = reference.stripe_attention
+    attend, dtype = reference.stripe_attention, jnp.dtype(jnp.float32)
     if cudnn_attention.runs(q.dtype, q.shape[-1]):
-        attend, rel = cudnn_attention.stripe_attention, [x.astype(q.dtype) for x in rel]
+        attend, dtype = cudnn_attention.stripe_attention, q.dtype
+    rel = reference.relative_position(q, *tables, dtype=dtype) if tables else ()
     shape, width = q.shape, q.shape[2]
     arrays = [x.reshape(shape[0], layout.seq_len, *x.shape[3:]) for x in (q, k, v, *rel)]
     if layout.is_dense:

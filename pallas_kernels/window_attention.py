@@ -186,9 +186,11 @@ def _xla_window_attention(
     qkv: Array, tables: tuple[Array, ...], *, window_size: int, **options: Any
 ) -> Array:
     q, k, v = (qkv[:, :, :, i] for i in range(3))
+    program, dtype = reference, jnp.dtype(jnp.float32)
+    if cudnn_attention.runs(q.dtype, q.shape[-1]):
+        program, dtype = cudnn_attention, q.dtype
     rel_h, rel_w = None, None
     if tables:
         by_row, by_col = (x[:, :window_size] for x in tables)
-        rel_h, rel_w = reference.relative_position(q, by_row, by_col)
-    program = cudnn_attention if cudnn_attention.runs(q.dtype, q.shape[-1]) else reference
+        rel_h, rel_w = reference.relative_position(q, by_row, by_col, dtype)
     return program.window_attention(q, k, v, rel_h, rel_w, window_size=window_size, **options)
