@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import gather_norm_kernel, reference
 from pallas_kernels.choices import Implementation
+from pallas_kernels.float8 import DTYPE, Float8Rows, quantize_rows
 from pallas_kernels.hopper import KERNEL_DTYPES, VECTOR_DTYPES, dtype_problems
 from pallas_kernels.implementation import resolve
 
@@ -36,14 +37,15 @@ def layer_norm(
     dtype: DTypeLike | None = None,
     epsilon: float = 1e-6,
     implementation: Implementation = "auto",
-) -> Float[Array, "*rows d"]:
+) -> Float[Array, "*rows d"] | Float8Rows:
     """`(x - mean x) / sqrt(var x + epsilon) scale + bias` over the last axis, float32 inside.
 
     Args:
         x: Rows of any number and shape; for the kernel bfloat16 or float16.
         scale: For the kernel float32 or 16-bit.
         bias: Likewise.
-        dtype: Of the result; None is x's. For the kernel bfloat16 or float16.
+        dtype: Of the result; None is x's. For the kernel bfloat16, float16 or float8_e4m3fn, which
+            gives every row a scale.
         epsilon: Added to the variance.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
@@ -64,6 +66,8 @@ def layer_norm(
             raise ValueError(f"{name} must have shape {(d,)}, got {array.shape}")
     problems += dtype_problems(VECTOR_DTYPES, scale=scale.dtype, bias=bias.dtype)
     if resolve(implementation, function="layer_norm", problems=problems) == "xla":
+        if dtype == DTYPE:
+            return quantize_rows(reference.layer_norm(x, scale, bias, epsilon, jnp.float32))
         return reference.layer_norm(x, scale, bias, epsilon, dtype)
     statics, operands = prepare(x, scale, bias, dtype=dtype, epsilon=epsilon)
     return launch(statics, *operands)

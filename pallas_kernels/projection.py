@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import matmul_kernel
 from pallas_kernels.choices import Implementation
+from pallas_kernels.float8 import Float8Rows, Float8Weight, checked_shape
 from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
 from pallas_kernels.implementation import resolve, undifferentiable
 from pallas_kernels.matmul_kernel import Config, Epilogue
-from pallas_kernels.reference import matmul_precision
+from pallas_kernels.reference import linear
 from pallas_kernels.tuning import fitting_matmul, padded
 
 
@@ -30,11 +32,12 @@ class Statics(NamedTuple):
 
 
 def projection(
-    x: Float[Array, "*rows d"],
-    kernel: Float[Array, "d n"],
+    x: Float[Array, "*rows d"] | Float8Rows,
+    kernel: Float[Array, "d n"] | Float8Weight,
     bias: Float[Array, " n"],
     *,
     residual: Float[Array, "*rows n"] | None = None,
+    dtype: DTypeLike | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "*rows n"]:
     """`x kernel + bias`, or `residual + x kernel + bias`.
@@ -43,26 +46,38 @@ def projection(
     the residual, which it updates in place where XLA finds it unused afterwards.
 
     Args:
-        x: Rows of any number and shape; for the kernel bfloat16 or float16.
-        kernel: Dtype of x.
+        x: Rows of any number and shape; for the kernel 16-bit floats or `Float8Rows`.
+        kernel: Dtype of x, or a `Float8Weight` for `Float8Rows`.
         bias: Dtype of x or float32.
         residual: What the product is added to; for the kernel bfloat16 or float16.
+        dtype: Of the result, where x has 8 bits and there is no residual.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
     Returns:
-        The layer's output, dtype of x or of the residual.
+        The layer's output, dtype of x or of the residual, or the given one.
 
     Raises:
         ValueError: Shapes disagree, or `"mosaic_gpu"` is asked for where it cannot run.
         NotImplementedError: The kernel is differentiated; `"xla"` is differentiable.
     """
-    d, n = x.shape[-1], bias.shape[0]
-    if kernel.shape != (d, n):
-        raise ValueError(f"kernel must have shape {(d, n)}, got {kernel.shape}")
-    if residual is not None and residual.shape != (*x.shape[:-1], n):
-        raise ValueError(f"residual must have shape {(*x.shape[:-1], n)}, got {residual.shape}")
+    if isinstance(x, Float8Rows) != isinstance(kernel, Float8Weight):
+        got = f"{type(x).__name__} and {type(kernel).__name__}"
+        raise ValueError(f"x and kernel must both have 8 bits or neither, got {got}")
+    (*lead, d), n = checked_shape("x", x), bias.shape[0]
+    if (shape := checked_shape("kernel", kernel)) != (d, n):
+        raise ValueError(f"kernel must have shape {(d, n)}, got {shape}")
+    if residual is not None and residual.shape != (*lead, n):
+        raise ValueError(f"residual must have shape {(*lead, n)}, got {residual.shape}")
+    own_dtype = getattr(x if residual is None else residual, "dtype", None)
+    if dtype is None and own_dtype is None:
+        raise ValueError("dtype must be given where x has 8 bits and no residual, got None")
+    dtype = jnp.dtype(dtype or own_dtype)
+    if own_dtype not in (None, dtype):
+        raise ValueError(f"dtype must be {own_dtype} as x or the residual, got {dtype}")
     problems = []
-    if x.dtype not in KERNEL_DTYPES or kernel.dtype != x.dtype:
+    if isinstance(x, Float8Rows) or isinstance(kernel, Float8Weight):
+        problems.append("x and kernel must have 16 bits, got 8")
+    elif x.dtype not in KERNEL_DTYPES or kernel.dtype != x.dtype:
         dtypes = f"{x.dtype} and {kernel.dtype}"
         problems.append(f"x and kernel must be both bfloat16 or both float16, got {dtypes}")
     if residual is not None:
@@ -71,8 +86,10 @@ def projection(
         if width % 64:
             problems.append(f"{name} must be a multiple of 64, got {width}")
     if resolve(implementation, function="projection", problems=problems) == "xla":
-        out = jnp.matmul(x, kernel, precision=matmul_precision(x.dtype)) + bias.astype(x.dtype)
-        return out if residual is None else residual + out.astype(residual.dtype)
+        out = linear(x, kernel)
+        out = (out + bias.astype(out.dtype)).astype(dtype)
+        return out if residual is None else residual + out
+    assert not isinstance(x, Float8Rows) and not isinstance(kernel, Float8Weight)
     statics, operands = prepare(x, kernel, bias, residual=residual)
     return launch(statics, *operands)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference
 from pallas_kernels.choices import Implementation
+from pallas_kernels.float8 import Float8Weight, checked_shape
 from pallas_kernels.hopper import KERNEL_DTYPES, VECTOR_DTYPES, dtype_problems
 from pallas_kernels.implementation import resolve, undifferentiable
 from pallas_kernels.matmul_kernel import Config
@@ -42,19 +43,25 @@ class Statics(NamedTuple):
 def _check(x: Array, weights: MLPWeights) -> None:
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, N, d], got {x.shape}")
-    if weights.kernel1.ndim != 2:
-        raise ValueError(f"kernel1 must have shape [d, h], got {weights.kernel1.shape}")
-    d, h = x.shape[2], weights.kernel1.shape[1]
-    shapes = ((d,), (d,), (d, h), (h,), (h, d), (d,))
-    for (name, array), shape in zip(weights._asdict().items(), shapes, strict=True):
-        if array.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} for x {x.shape}, got {array.shape}")
+    shapes = {n: checked_shape(n, a) for n, a in weights._asdict().items() if a is not None}
+    if len(shapes["kernel1"]) != 2:
+        raise ValueError(f"kernel1 must have shape [d, h], got {shapes['kernel1']}")
+    d, h = x.shape[2], shapes["kernel1"][1]
+    expected = ((d,), (d,), (d, h), (h,), (h, d), (d,), ())
+    for (name, got), shape in zip(shapes.items(), expected, strict=False):
+        if got != shape:
+            raise ValueError(f"{name} must have shape {shape} for x {x.shape}, got {got}")
+    if (weights.hidden_scale is None) == isinstance(weights.kernel2, Float8Weight):
+        got = f"{weights.hidden_scale} with {type(weights.kernel2).__name__}"
+        raise ValueError(f"hidden_scale must be there for a kernel2 in 8 bits alone, got {got}")
 
 
 def _problems(x: Array, weights: MLPWeights) -> list[str]:
     """What keeps the kernels from running a call, each as one clause."""
     kernel1, kernel2 = weights.kernel1, weights.kernel2
     problems = dtype_problems(KERNEL_DTYPES, x=x.dtype)
+    if isinstance(kernel1, Float8Weight) or isinstance(kernel2, Float8Weight):
+        return ["kernel1 and kernel2 must have 16 bits, got 8"]
     if kernel1.dtype not in KERNEL_DTYPES or kernel1.dtype != kernel2.dtype:
         dtypes = f"{kernel1.dtype} and {kernel2.dtype}"
         problems.append(f"kernel1 and kernel2 must be both bfloat16 or both float16, got {dtypes}")
@@ -171,6 +178,7 @@ def prepare(
         Statics and operands, the tokens as rows of all images.
     """
     batch, num_tokens, d = x.shape
+    assert isinstance(weights.kernel1, jax.Array)
     h = weights.kernel1.shape[1]
     if token_index is not None:
         first_rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_tokens
@@ -201,6 +209,7 @@ def launch(statics: Statics, x: Array, rows: Array | None, weights: MLPWeights) 
         weights: The block's arrays.
     """
     x, weights = undifferentiable("routed_mlp", (x, weights))
+    assert isinstance(weights.kernel1, jax.Array) and isinstance(weights.kernel2, jax.Array)
     flat = x.reshape(-1, x.shape[2])
     num_rows = len(flat) if rows is None else len(rows)
     if rows is not None:

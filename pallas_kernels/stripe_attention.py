@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import cudnn_attention, reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.choices import Implementation
+from pallas_kernels.float8 import Float8Rows, quantize_static
 from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
 from pallas_kernels.implementation import resolve
 from pallas_kernels.relative_position import given_tables
@@ -96,8 +97,9 @@ def stripe_attention(
     *,
     layout: BlockLayout,
     block_order: Int[Array, "B num_kv_blocks"] | None = None,
+    out_scale: Float[Array, ""] | None = None,
     implementation: Implementation = "auto",
-) -> Float[Array, "B Gh Gw H D"]:
+) -> Float[Array, "B Gh Gw H D"] | Float8Rows:
     """Attention over a static block layout with SAM's decomposed relative position bias.
 
     `softmax(q k^T / sqrt(D) + rel_h + rel_w) v` over the layout's keys, where a query at row y and
@@ -116,10 +118,11 @@ def stripe_attention(
         layout: Which 64 x 64 blocks are computed.
         block_order: Rank -> key block: the bar is the `layout.num_bar_blocks` best-ranked blocks of
             every image. None is the identity.
+        out_scale: The result has 8 bits with this scale; None is the dtype of qkv.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
     Returns:
-        Attention's output in raster order, dtype of qkv.
+        Attention's output in raster order, dtype of qkv or `Float8Rows`.
 
     Raises:
         ValueError: Shapes disagree, or `"mosaic_gpu"` is asked for where it cannot run.
@@ -144,10 +147,13 @@ def stripe_attention(
         raise ValueError(f"block_order must have shape {expected}, got {block_order.shape}")
     has_bias = bool(tables)
     problems = [] if implementation == "xla" else _problems(qkv, sequence, layout, has_bias)
+    if out_scale is not None:
+        problems.append("out_scale must be None, got an array")
     chosen = resolve(implementation, function="stripe_attention", problems=problems)
     program = attend_by_groups if chosen == "mosaic_gpu" else _xla_stripe_attention
     options: dict[str, Any] = dict(layout=layout, block_order=block_order)
-    return program(qkv, rel_pos_h, rel_pos_w, sequence, **options)
+    out = program(qkv, rel_pos_h, rel_pos_w, sequence, **options)
+    return out if out_scale is None else quantize_static(out, out_scale)
 
 
 def _xla_stripe_attention(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import cudnn_attention, reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.choices import Implementation
+from pallas_kernels.float8 import Float8Rows, quantize_static
 from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
 from pallas_kernels.implementation import resolve
 from pallas_kernels.relative_position import given_tables, relative_position
@@ -140,8 +141,9 @@ def window_attention(
     window_size: int,
     layout: BlockLayout | None = None,
     order: Int[Array | np.ndarray, "*batch ww"] | None = None,
+    out_scale: Float[Array, ""] | None = None,
     implementation: Implementation = "auto",
-) -> Float[Array, "B Gh Gw H D"]:
+) -> Float[Array, "B Gh Gw H D"] | Float8Rows:
     """Attention inside the windows of a feature map, with SAM's decomposed position bias.
 
     `softmax(q k^T / sqrt(D) + rel_h + rel_w) v` over a window's keys, or over the bar of its order,
@@ -163,10 +165,11 @@ def window_attention(
             are keys. None is dense.
         order: Rank -> raster index in the (padded) window, int32: [w w], [B, W, w w] or
             [B, W, H, w w], windows in raster order. Needed with a sparse layout.
+        out_scale: The result has 8 bits with this scale; None is the dtype of qkv.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
     Returns:
-        Attention's output in raster order, dtype of qkv.
+        Attention's output in raster order, dtype of qkv or `Float8Rows`.
 
     Raises:
         ValueError: Shapes disagree, or `"mosaic_gpu"` is asked for where it cannot run.
@@ -174,10 +177,13 @@ def window_attention(
     """
     _check(qkv, (rel_pos_h, rel_pos_w), window_size, layout, order)
     problems = _problems(qkv, window_size)
+    if out_scale is not None:
+        problems.append("out_scale must be None, got an array")
     chosen = resolve(implementation, function="window_attention", problems=problems)
     options: dict[str, Any] = dict(window_size=window_size, layout=layout, order=order)
     if chosen == "xla":
-        return _xla_window_attention(qkv, given_tables(rel_pos_h, rel_pos_w), **options)
+        out = _xla_window_attention(qkv, given_tables(rel_pos_h, rel_pos_w), **options)
+        return out if out_scale is None else quantize_static(out, out_scale)
     statics, operands = prepare(qkv, rel_pos_h, rel_pos_w, **options)
     return launch(statics, *operands)
 
