@@ -49,8 +49,8 @@ class Float8Weight(NamedTuple):
 def quantize_rows(x: Float[Array, "*rows d"]) -> Float8Rows:
     """The rows with a scale each: their largest absolute value over 448."""
     x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.abs(x).max(axis=-1), SMALLEST_MAXIMUM) / LARGEST
-    return Float8Rows(saturated(x / scale[..., None]), scale)
+    scale, inverse = scales_of(jnp.abs(x).max(axis=-1))
+    return Float8Rows(saturated(x * inverse[..., None]), scale)
 
 
 def quantize_static(x: Float[Array, "*rows d"], scale: Float[ArrayLike, ""]) -> Float8Rows:
@@ -62,6 +62,14 @@ def quantize_static(x: Float[Array, "*rows d"], scale: Float[ArrayLike, ""]) -> 
 def quantize_weight(kernel: Float[Array, "d n"]) -> Float8Weight:
     """A linear layer's kernel with a scale an output channel."""
     return Float8Weight(*quantize_rows(kernel.T))
+
+
+def scales_of(
+    maximum: Float[Array, "*rows"],
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """Scales for the largest absolute values of rows, and what the rows are multiplied by."""
+    maximum = jnp.maximum(maximum, SMALLEST_MAXIMUM)
+    return maximum / LARGEST, LARGEST / maximum
 
 
 def dequantize(x: Float8Rows | Float8Weight, dtype: DTypeLike = jnp.float32) -> Array:
@@ -86,6 +94,11 @@ def checked_shape(name: str, x: Array | Float8Rows | Float8Weight) -> tuple[int,
         got = f"{values.dtype} and {scale.dtype} {scale.shape}"
         raise ValueError(f"{name} must have {expected}, got {got}")
     return values.shape[::-1] if isinstance(x, Float8Weight) else values.shape
+
+
+def dtype_of(x: Array | Float8Rows | Float8Weight) -> jnp.dtype:
+    """The dtype of an operand of a product."""
+    return x.values.dtype if isinstance(x, Float8Rows | Float8Weight) else x.dtype
 
 
 def saturated(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

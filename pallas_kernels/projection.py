@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import matmul_kernel
 from pallas_kernels.choices import Implementation
 from pallas_kernels.float8 import Float8Rows, Float8Weight, checked_shape
-from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
+from pallas_kernels.hopper import KERNEL_DTYPES, VECTOR_DTYPES, dtype_problems
 from pallas_kernels.implementation import resolve, undifferentiable
 from pallas_kernels.matmul_kernel import Config, Epilogue
 from pallas_kernels.reference import linear
@@ -28,6 +28,7 @@ class Statics(NamedTuple):
 
     epilogue: Epilogue
     config: Config
+    dtype: jnp.dtype  # of the result
     interpret: Any
 
 
@@ -76,7 +77,8 @@ def projection(
         raise ValueError(f"dtype must be {own_dtype} as x or the residual, got {dtype}")
     problems = []
     if isinstance(x, Float8Rows) or isinstance(kernel, Float8Weight):
-        problems.append("x and kernel must have 16 bits, got 8")
+        problems += dtype_problems(KERNEL_DTYPES, dtype=dtype)
+        problems += dtype_problems(VECTOR_DTYPES, bias=bias.dtype)
     elif x.dtype not in KERNEL_DTYPES or kernel.dtype != x.dtype:
         dtypes = f"{x.dtype} and {kernel.dtype}"
         problems.append(f"x and kernel must be both bfloat16 or both float16, got {dtypes}")
@@ -89,20 +91,20 @@ def projection(
         out = linear(x, kernel)
         out = (out + bias.astype(out.dtype)).astype(dtype)
         return out if residual is None else residual + out
-    assert not isinstance(x, Float8Rows) and not isinstance(kernel, Float8Weight)
-    statics, operands = prepare(x, kernel, bias, residual=residual)
+    statics, operands = prepare(x, kernel, bias, residual=residual, dtype=dtype)
     return launch(statics, *operands)
 
 
 def prepare(
-    x: Array,
-    kernel: Array,
+    x: Array | Float8Rows,
+    kernel: Array | Float8Weight,
     bias: Array,
     *,
     residual: Array | None = None,
+    dtype: DTypeLike | None = None,
     config: Config | None = None,
     interpret: Any = False,
-) -> tuple[Statics, tuple[Array, Array, Array, Array | None]]:
+) -> tuple[Statics, tuple[Array | Float8Rows, Array | Float8Weight, Array, Array | None]]:
     """What `launch` takes, for checked arguments of `projection`.
 
     Args:
@@ -110,35 +112,51 @@ def prepare(
         kernel: [d, n].
         bias: [n].
         residual: What the product is added to.
+        dtype: Of the result; None is the residual's, or else x's.
         config: How the kernel runs; None is the tuned one.
         interpret: For tests: parameters of Mosaic GPU's interpret mode.
     """
     epilogue = "bias" if residual is None else "add"
-    num_rows, (d, n) = x.size // x.shape[-1], kernel.shape
-    config = config or fitting_matmul(epilogue, padded(num_rows), n, d, x.dtype)
+    values = x.values if isinstance(x, Float8Rows) else x
+    d, n = values.shape[-1], bias.shape[0]
+    config = config or fitting_matmul(epilogue, padded(values.size // d), n, d, values.dtype)
     assert config is not None, "a tile of 128 x 64 fits every width that is checked for"
-    return Statics(epilogue, config, interpret), (x, kernel, bias, residual)
+    dtype = jnp.dtype(dtype or (values if residual is None else residual).dtype)
+    return Statics(epilogue, config, dtype, interpret), (x, kernel, bias, residual)
 
 
 # Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
 @functools.partial(jax.jit, static_argnums=0)
 def launch(
-    statics: Statics, x: Array, kernel: Array, bias: Array, residual: Array | None = None
+    statics: Statics,
+    x: Array | Float8Rows,
+    kernel: Array | Float8Weight,
+    bias: Array,
+    residual: Array | None = None,
 ) -> Array:
     """Run the kernel on what `prepare` gives; the result is that of `projection`."""
     x, kernel, bias, residual = undifferentiable("projection", (x, kernel, bias, residual))
-    (*lead, d), n = x.shape, kernel.shape[1]
-    num_rows = x.size // d
-    padding = padded(num_rows) - num_rows
-    flat, rows = x.reshape(num_rows, d), None
-    if padding:
-        flat = jnp.pad(flat, ((0, padding), (0, 0)))
+    values = x.values if isinstance(x, Float8Rows) else x
+    (*lead, d), n = values.shape, bias.shape[0]
+    num_rows = values.size // d
+    padding, rows = padded(num_rows) - num_rows, None
+
+    def flat(array: Array, *width: int) -> Array:
+        array = array.reshape(num_rows, *width)
+        return jnp.pad(array, ((0, padding), (0, 0))[: array.ndim]) if padding else array
+
+    if isinstance(x, Float8Rows):
+        scale = flat(x.scale) if x.scale.ndim else x.scale
+        a = Float8Rows(flat(values, d), scale)
+    else:
+        a = flat(values, d)
+    if padding and residual is not None:
         rows = jnp.pad(jnp.arange(num_rows, dtype=jnp.int32), (0, padding), mode="edge")
     kernel_statics, operands = matmul_kernel.prepare(
-        flat,
+        a,
         kernel,
         bias,
-        None if residual is None else rows,
+        rows,
         None if residual is None else residual.reshape(num_rows, n),
         num_rows=num_rows,
         **statics._asdict(),
