@@ -79,12 +79,12 @@ def _kernel(
         out = centred * lax.rsqrt(mean(centred * centred) + statics.epsilon)
         out = out * broadcast(scale.astype(jnp.float32), [1, 2])
         out = out + broadcast(bias.astype(jnp.float32), [1, 2])
-        own_rows = pl.ds(first + i * WARPS, WARPS)
         if out_scale_gmem is not None:
             row_scale, inverse = float8.scales_of(jnp.abs(out).max(axis=1).max(axis=1))
-            out_scale_gmem[own_rows] = row_scale
+            out_scale_gmem[pl.ds(first + i * WARPS, WARPS)] = row_scale
             out = out * broadcast(inverse, [0])
-        out_gmem[own_rows] = hopper.rounded(out, out_gmem.dtype, interpret=statics.interpret)
+        out = hopper.rounded(out, out_gmem.dtype, interpret=statics.interpret)
+        out_gmem[pl.ds(first + i * WARPS, WARPS)] = out
 
 
 def scratch_types(statics: Statics, width: int, dtype: DTypeLike, *, gathers: bool) -> dict:

@@ -78,9 +78,14 @@ def dtype_problems(expected: Sequence[Any], **dtypes: Any) -> list[str]:
 
 
 def buffer(dtype: DTypeLike, *shape: int) -> Any:
-    """Shared memory of an operand of wgmma, in tiles of 8 rows that are one swizzle wide."""
+    """Shared memory of an operand of wgmma, in tiles of 8 rows that are one swizzle wide.
+
+    Rows narrower than any swizzle, which a result in 8 bits may have, are not in tiles.
+    """
     operand = OPERANDS[jnp.dtype(dtype)]
     columns = min(shape[-1], operand.columns)
+    if columns < operand.step:
+        return plgpu.SMEM(shape, dtype)
     tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(operand.itemsize * columns)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import cudnn_attention, reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.choices import Implementation
-from pallas_kernels.float8 import Float8Rows, quantize_static
+from pallas_kernels.float8 import DTYPE, Float8Rows, quantize_static
 from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
 from pallas_kernels.implementation import resolve
 from pallas_kernels.relative_position import given_tables
@@ -147,13 +147,10 @@ def stripe_attention(
         raise ValueError(f"block_order must have shape {expected}, got {block_order.shape}")
     has_bias = bool(tables)
     problems = [] if implementation == "xla" else _problems(qkv, sequence, layout, has_bias)
-    if out_scale is not None:
-        problems.append("out_scale must be None, got an array")
     chosen = resolve(implementation, function="stripe_attention", problems=problems)
     program = attend_by_groups if chosen == "mosaic_gpu" else _xla_stripe_attention
-    options: dict[str, Any] = dict(layout=layout, block_order=block_order)
-    out = program(qkv, rel_pos_h, rel_pos_w, sequence, **options)
-    return out if out_scale is None else quantize_static(out, out_scale)
+    options: dict[str, Any] = dict(layout=layout, block_order=block_order, out_scale=out_scale)
+    return program(qkv, rel_pos_h, rel_pos_w, sequence, **options)
 
 
 def _xla_stripe_attention(
@@ -164,7 +161,8 @@ def _xla_stripe_attention(
     *,
     layout: BlockLayout,
     block_order: Array | None,
-) -> Array:
+    out_scale: Array | None,
+) -> Array | Float8Rows:
     """Attention of the tokens in the order of the sequence, through cuDNN where that runs."""
     q, k, v = (qkv[:, :, :, i] for i in range(3))
     tables = given_tables(rel_pos_h, rel_pos_w)
@@ -185,7 +183,8 @@ def _xla_stripe_attention(
     out = attend(q, k, v, rel_h, rel_w, rows, cols, layout=layout, block_order=block_order)
     if sequence is not None:
         out = permute(out, inverse(sequence))
-    return out.reshape(shape)
+    out = out.reshape(shape)
+    return out if out_scale is None else quantize_static(out, out_scale)
 
 
 def attend_by_groups(
@@ -196,9 +195,10 @@ def attend_by_groups(
     *,
     layout: BlockLayout,
     block_order: Array | None = None,
+    out_scale: Array | None = None,
     config: Config | None = None,
     interpret: Any = False,
-) -> Array:
+) -> Array | Float8Rows:
     """`prepare` and `launch` for one group of images after the other, for checked arguments.
 
     Each launch writes to its images' place in the output of the one before, and nothing that a
@@ -214,9 +214,9 @@ def attend_by_groups(
     needed = image_bytes(grid, heads, head_dim, qkv.dtype, **options)
     items = Schedule(layout, config, heads, 1).num_items
     groups = image_groups(batch, items, config.num_programs, needed)
-    out, own_sequence = None, sequence
+    out, own_sequence, dtype = None, sequence, qkv.dtype if out_scale is None else DTYPE
     if len(groups) > 1:  # the first group writes in place too: groups of a size share a kernel
-        out = blocks.tiling.view(lax.empty((batch, height, width, heads, head_dim), qkv.dtype))
+        out = blocks.tiling.view(lax.empty((batch, height, width, heads, head_dim), dtype))
     for images in groups:
         if images.start:
             qkv, own_sequence, out = _together(qkv, own_sequence, out)
@@ -227,6 +227,7 @@ def attend_by_groups(
             own_sequence,
             layout=layout,
             block_order=block_order,
+            out_scale=out_scale,
             images=images,
             config=config,
             interpret=interpret,
@@ -235,7 +236,8 @@ def attend_by_groups(
     assert out is not None, "there is an image"
     if blocks.sequence is not None:
         out = permute(out.reshape(batch, -1, heads, head_dim), inverse(blocks.sequence))
-    return out.reshape(qkv[:, :, :, 0].shape)
+    out = out.reshape(qkv[:, :, :, 0].shape)
+    return out if out_scale is None else Float8Rows(out, out_scale)
 
 
 def _together(*arrays: Any) -> list[Any]:

@@ -12,9 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stripe_cases
+import window_cases
 from float8_cases import TOLERANCE, check_quantized, error, float8_block
 
-from pallas_kernels import layer_norm, matmul_kernel, mlp_reference, projection, routed_mlp
+from pallas_kernels import (
+    layer_norm,
+    matmul_kernel,
+    mlp_reference,
+    projection,
+    routed_mlp,
+    stripe_attention,
+    window_attention,
+)
 from pallas_kernels.float8 import (
     DTYPE,
     Float8Rows,
@@ -120,3 +130,48 @@ def test_interpreted_mlp(eight):
         weights = weights._replace(hidden_scale=None)
     routed = functools.partial(run, routed_mlp, interpret=interpret())
     check_mlp(routed(x, index, weights), x, index, weights)
+
+
+def stripe_arguments(case: stripe_cases.Case) -> tuple:
+    """What `stripe_attention` takes, by place and by name."""
+    qkv, rel_pos_h, rel_pos_w, sequence, block_order = stripe_cases.inputs(case, 0)
+    options = dict(layout=case.layout, block_order=block_order)
+    return (qkv, rel_pos_h, rel_pos_w, sequence), options
+
+
+def window_arguments(case: window_cases.Case, *, has_bias: bool = True) -> tuple:
+    """What `window_attention` takes, by place and by name."""
+    *arrays, order = window_cases.inputs(case, 0)
+    options = dict(window_size=case.window_size, layout=case.layout, order=order)
+    return tuple(arrays if has_bias else arrays[:1]), options
+
+
+def check_attention(function, out, arrays, options):
+    """Near the XLA path, beside which values may be rounded the other way, and saturated."""
+    want = function(*arrays, implementation="xla", **options)
+    assert out.values.shape == want.values.shape and out.values.dtype == DTYPE
+    assert 0.001 < float((jnp.abs(want.values.astype(jnp.float32)) == 448).mean()) < 0.5
+    assert error(dequantize(out), dequantize(want)) < 0.02
+
+
+@needs_mosaic
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("order", ["tiles", "heads"])
+def test_interpreted_stripe_attention(order, head_dim):
+    sizes = dict(batch=1, side=16, num_heads=1, head_dim=head_dim)
+    case = stripe_cases.Case(density=0.5, order=order, **sizes)
+    arrays, options = stripe_arguments(case)
+    options["out_scale"] = jnp.float32(2.0**-10)
+    out = stripe_attention.attend_by_groups(*arrays, interpret=interpret(), **options)
+    check_attention(stripe_attention.stripe_attention, out, arrays, options)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("head_dim", "has_bias"), [(64, True), (64, False), (80, True)])
+def test_interpreted_window_attention(head_dim, has_bias):
+    case = window_cases.Case(batch=1, side=10, num_heads=1, head_dim=head_dim, window_size=7)
+    arrays, options = window_arguments(case, has_bias=has_bias)
+    options["out_scale"] = jnp.float32(2.0**-10)
+    values = run(window_attention, *arrays, interpret=interpret(), **options)
+    out = Float8Rows(values, options["out_scale"])
+    check_attention(window_attention.window_attention, out, arrays, options)
