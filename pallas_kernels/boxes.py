@@ -32,8 +32,8 @@ def plain_rows(smem: Any) -> Any:
 
     Where a tile is as wide as the array, tiled rows lie behind each other like plain rows.
     """
-    unswizzle, _ = smem.transforms
-    return dataclasses.replace(smem, transforms=(unswizzle,)).reshape(*smem.shape)
+    *others, _ = smem.transforms
+    return dataclasses.replace(smem, transforms=tuple(others)).reshape(*smem.shape)
 
 
 def as_box(smem: Any, index: tuple[Any, ...], shape: tuple[int, ...]) -> Any:

@@ -2,7 +2,8 @@
 
     out[m] = (x[rows[m]] - mean) / sqrt(variance + epsilon) * scale + bias
 
-with mean and variance over a row in float32. Bound by bandwidth: a block of threads copies its rows
+with mean and variance over a row in float32; in 8 bits divided by a scale of the row, which is
+written too. Bound by bandwidth: a block of threads copies its rows
 to shared memory, one copy a row, and each warp normalises a row at a time in registers. Rows that
 no `rows` names are not read.
 """
@@ -20,7 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from pallas_kernels import hopper
+from pallas_kernels import float8, hopper
+from pallas_kernels.float8 import Float8Rows
 from pallas_kernels.implementation import undifferentiable
 
 CHUNK = 64  # columns that a warp has in one register of each thread, two a thread
@@ -39,7 +41,8 @@ class Statics(NamedTuple):
 
 
 def _kernel(
-    x_gmem, rows_gmem, scale_gmem, bias_gmem, out_gmem, x_smem, ready, *, statics: Statics
+    x_gmem, rows_gmem, scale_gmem, bias_gmem, out_gmem, out_scale_gmem=None,
+    *, x_smem, ready, statics: Statics,
 ):  # fmt: skip
     block_rows = statics.block_rows
     first = lax.axis_index("block") * block_rows
@@ -76,7 +79,12 @@ def _kernel(
         out = centred * lax.rsqrt(mean(centred * centred) + statics.epsilon)
         out = out * broadcast(scale.astype(jnp.float32), [1, 2])
         out = out + broadcast(bias.astype(jnp.float32), [1, 2])
-        out_gmem[pl.ds(first + i * WARPS, WARPS)] = out.astype(out_gmem.dtype)
+        if out_scale_gmem is not None:
+            row_scale, inverse = float8.scales_of(jnp.abs(out).max(axis=1).max(axis=1))
+            out_scale_gmem[pl.ds(first + i * WARPS, WARPS)] = row_scale
+            out = out * broadcast(inverse, [0])
+        out = hopper.rounded(out, out_gmem.dtype, interpret=statics.interpret)
+        out_gmem[pl.ds(first + i * WARPS, WARPS)] = out
 
 
 def scratch_types(statics: Statics, width: int, dtype: DTypeLike, *, gathers: bool) -> dict:
@@ -119,7 +127,7 @@ def prepare(
         bias: Its bias [d], likewise.
         rows: Rows of x, int32 [M]; None takes all in order.
         num_rows: How many of the M rows count; None is all.
-        dtype: Of the output; None is x's.
+        dtype: Of the output; None is x's. float8_e4m3fn gives `Float8Rows`.
         epsilon: Added to the variance.
         block_rows: Rows that a block of threads normalises.
         interpret: For tests: parameters of Mosaic GPU's interpret mode.
@@ -141,7 +149,7 @@ def prepare(
 @functools.partial(jax.jit, static_argnums=0)
 def launch(
     statics: Statics, x: Array, scale: Array, bias: Array, rows: Array | None = None
-) -> Array:
+) -> Array | Float8Rows:
     """Run the kernel on what `prepare` gives.
 
     Returns:
@@ -152,15 +160,22 @@ def launch(
     out_rows = x.shape[0] if rows is None else rows.shape[0]
     chunks = (width // CHUNK, CHUNK)
     operands = [x.reshape(-1, *chunks), rows, scale.reshape(chunks), bias.reshape(chunks)]
+    out_type: Any = jax.ShapeDtypeStruct((out_rows, *chunks), statics.dtype)
+    if statics.dtype == float8.DTYPE:
+        out_type = out_type, jax.ShapeDtypeStruct((out_rows,), jnp.float32)
     kernel = hopper.kernel(
         functools.partial(_kernel, statics=statics),
         name="gather_norm",
         interpret=statics.interpret,
-        out_type=jax.ShapeDtypeStruct((out_rows, *chunks), statics.dtype),
+        out_type=out_type,
         scratch_types=scratch_types(statics, width, x.dtype, gathers=rows is not None),
         grid=(-(-statics.num_rows // block_rows),),
         grid_names=("block",),
         num_threads=1,
         thread_name="wg",
     )
-    return kernel(*operands).reshape(out_rows, width)
+    out = kernel(*operands)
+    if isinstance(out, jax.Array):
+        return out.reshape(out_rows, width)
+    values, scales = out
+    return Float8Rows(values.reshape(out_rows, width), scales)

@@ -1,8 +1,8 @@
 """What the kernels know of a Hopper GPU (compute capability 9.x), each fact once.
 
 The facts are the card's (multiprocessors, registers, shared memory) and, an entry a dtype, how its
-tensor core and its tensor memory accelerator (TMA) take operands. Kernels read both, so that
-products of 8-bit floats begin with an entry of `OPERANDS`. wgmma multiplies 64 rows at a time.
+tensor core and its tensor memory accelerator (TMA) take operands. wgmma multiplies 64 rows at a
+time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from pallas_kernels import float8
 
 MULTIPROCESSORS = 132  # of an H100 or H200 (SXM)
 WGMMA_ROWS = 64  # of one product of a warpgroup on the tensor core
@@ -59,8 +62,9 @@ class Operand(NamedTuple):
 OPERANDS = {
     jnp.dtype(jnp.bfloat16): Operand(itemsize=2, k_major=False, accumulator=jnp.float32),
     jnp.dtype(jnp.float16): Operand(itemsize=2, k_major=False, accumulator=jnp.float32),
+    float8.DTYPE: Operand(itemsize=1, k_major=True, accumulator=jnp.float32),
 }
-# What today's kernels multiply: they read weights as [K, N] and values as [keys, D], rows of N.
+# What all kernels take: attention reads values as [keys, D], rows of N.
 KERNEL_DTYPES = tuple(dtype for dtype, operand in OPERANDS.items() if not operand.k_major)
 VECTOR_DTYPES = (jnp.dtype(jnp.float32), *KERNEL_DTYPES)  # of biases and scales
 
@@ -74,12 +78,24 @@ def dtype_problems(expected: Sequence[Any], **dtypes: Any) -> list[str]:
 
 
 def buffer(dtype: DTypeLike, *shape: int) -> Any:
-    """Shared memory of an operand of wgmma, in tiles of 8 rows that are one swizzle wide."""
+    """Shared memory of an operand of wgmma, in tiles of 8 rows that are one swizzle wide.
+
+    Rows narrower than any swizzle, which a result in 8 bits may have, are not in tiles.
+    """
     operand = OPERANDS[jnp.dtype(dtype)]
     columns = min(shape[-1], operand.columns)
+    if columns < operand.step:
+        return plgpu.SMEM(shape, dtype)
     tiling = plgpu.TilingTransform((8, columns))  # pyright: ignore[reportAbstractUsage]
     swizzle = plgpu.SwizzleTransform(operand.itemsize * columns)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+
+def rounded(x: Array, dtype: DTypeLike, *, interpret: Any) -> Array:
+    """Registers in the dtype of a result; 8 bits saturate, as the hardware's conversion does."""
+    if interpret and dtype == float8.DTYPE:
+        return float8.saturated(x)
+    return x.astype(dtype)
 
 
 def accumulator(dtype: DTypeLike, rows: int, columns: int) -> Any:

@@ -10,6 +10,11 @@ memory with the tensor memory accelerator (TMA), two multiply. They take tiles i
 epilogue while the other has the tensor core to itself ("ping-pong"), or share a tile by rows.
 Blocks of a cluster of two take neighbouring columns and load half of a's rows each, for both.
 
+Operands of 8-bit floats come with scales: one a row of a (or of all a, which is folded into the
+next), one a column of b. The sums are multiplied by both before the bias. GELU's output in 8 bits
+is divided by a scale that is known beforehand. The tensor core takes 8 bits contiguous along the
+contraction alone, so b is then stored as [N, K].
+
 The TMA adds the update to x on its way to memory, by whole tiles where rows are consecutive and
 else row by row: one addition an element, hence deterministic, and the residual is never loaded.
 Design after CUTLASS's ping-pong GEMM and jax's `hopper_matmul_mgpu`.
@@ -31,6 +36,7 @@ from jaxtyping import Array
 
 from pallas_kernels import hopper
 from pallas_kernels.boxes import plain_rows
+from pallas_kernels.float8 import Float8Rows, Float8Weight
 from pallas_kernels.gelu import gelu
 from pallas_kernels.hopper import MULTIPROCESSORS, OPERANDS, REGISTERS
 from pallas_kernels.implementation import undifferentiable
@@ -80,13 +86,14 @@ class Config:
             m: Rows of a.
             n: Columns of b.
             k: Columns of a.
-            dtype: Of a, b and the output.
+            dtype: Of a and b. The output takes the same memory in any.
         """
         if m % self.tile_m or n % (self.tile_n * self.cluster) or k % self.tile_k:
             return False
         if self.warpgroup_rows * self.tile_n > 128 * 128:  # accumulators
             return False
-        scratch = scratch_types(self, dtype, out_dtype=dtype, bias_dtype=jnp.float32)
+        scaled = OPERANDS[jnp.dtype(dtype)].k_major
+        scratch = scratch_types(self, dtype, out_dtype=dtype, bias_dtype=jnp.float32, scaled=scaled)
         return hopper.smem_bytes(scratch, reduces=False) <= hopper.smem_limit()
 
 
@@ -96,21 +103,38 @@ class Statics(NamedTuple):
     epilogue: Epilogue
     config: Config
     num_rows: int  # of a that count: those behind are padding
+    dtype: jnp.dtype  # of the output
     interpret: Any
 
 
+class Scales(NamedTuple):
+    """Scales of 8-bit operands and outputs, float32.
+
+    Attributes:
+        columns: Of the output's columns [N].
+        rows: Of its rows [M]; None where a has one scale, which is in those of the columns.
+        inverse_out: What GELU's output in 8 bits is multiplied by, [1].
+    """
+
+    columns: Any = None
+    rows: Any = None
+    inverse_out: Any = None
+
+
 def _kernel(
-    a_gmem, b_gmem, bias_gmem, rows_gmem, x_gmem, out_gmem=None,
+    a_gmem, b_gmem, bias_gmem, rows_gmem, scales_gmem, x_gmem, out_gmem=None,
     *, a_smem, b_smem, out_smem, bias_smem, rows_smem, full, empty, turn, vectors_ready,
-    statics: Statics,
+    statics: Statics, scales_smem: Any = None,
 ):  # fmt: skip
     out_gmem = x_gmem if out_gmem is None else out_gmem
+    k_major = OPERANDS[a_gmem.dtype].k_major
     epilogue, config, interpret = statics.epilogue, statics.config, statics.interpret
     num_rows, chunk_columns = statics.num_rows, out_smem.shape[-1]
     tile_m, tile_n, tile_k = config.tile_m, config.tile_n, config.tile_k
     num_stages, cluster = config.num_stages, config.cluster
     compute_registers, load_registers = REGISTERS[WARPGROUPS]
-    num_m, num_n = -(-num_rows // tile_m), b_gmem.shape[1] // (tile_n * cluster)
+    num_columns = b_gmem.shape[0 if k_major else 1]
+    num_m, num_n = -(-num_rows // tile_m), num_columns // (tile_n * cluster)
     num_steps = a_gmem.shape[1] // tile_k  # of one tile
     program, wg = lax.axis_index("program"), lax.axis_index("wg")
     num_programs = lax.axis_size("program")
@@ -136,6 +160,7 @@ def _kernel(
         plgpu.set_max_registers(compute_registers, action="increase")
         wg_rows = config.warpgroup_rows
         first_wg_row = 0 if config.take_turns else wg * wg_rows
+        inverse_out = None if scales_gmem.inverse_out is None else scales_gmem.inverse_out[0]
 
         def load_vectors(row, column):
             ready = vectors_ready.at[wg]
@@ -145,6 +170,20 @@ def _kernel(
             if rows_gmem is not None:
                 own_rows = rows_gmem.at[pl.ds(row + first_wg_row, wg_rows)]
                 plgpu.copy_gmem_to_smem(own_rows, rows_smem.at[wg], ready)
+            if scales_gmem.columns is not None:
+                own = scales_gmem.columns.at[pl.ds(column, tile_n)]
+                plgpu.copy_gmem_to_smem(own, scales_smem.columns.at[wg], ready)
+            if scales_gmem.rows is not None:
+                own = scales_gmem.rows.at[pl.ds(row + first_wg_row, wg_rows)]
+                plgpu.copy_gmem_to_smem(own, scales_smem.rows.at[wg], ready)
+
+        def by_column(smem, chunk, shape):
+            """A vector's part that belongs to a chunk, for every row."""
+            own = smem.at[wg, pl.ds(chunk * chunk_columns, chunk_columns)]
+            layout = plgpu.Layout.WGMMA.reduce(0)
+            # pyright reads jax 0.10, where an index had to be given.
+            own = plgpu.load(own, layout=layout, optimized=False)  # pyright: ignore
+            return lax.broadcast_in_dim(own.astype(jnp.float32), shape, [1])
 
         def multiply(count):
             first_step = count * num_steps
@@ -153,7 +192,8 @@ def _kernel(
                 slot = lax.rem(step, num_stages)
                 plgpu.barrier_wait(full.at[barrier(step)])
                 own_a = a_smem.at[slot, pl.ds(first_wg_row, wg_rows)]
-                plgpu.wgmma(acc_ref, own_a, b_smem.at[slot])
+                own_b = b_smem.at[slot]
+                plgpu.wgmma(acc_ref, own_a, own_b.transpose((1, 0)) if k_major else own_b)
 
             def products(acc_ref):
                 product(acc_ref, first_step)
@@ -177,18 +217,20 @@ def _kernel(
             plgpu.barrier_arrive(empty.at[barrier(first_step + num_steps - 1)])
             return acc
 
-        def finish(acc, chunk):
+        def finish(acc, row_scales, chunk):
             """A chunk of the tile's columns, as it is stored."""
             out = acc[:, chunk * chunk_columns : (chunk + 1) * chunk_columns]
+            if scales_gmem.columns is not None:
+                out = out * by_column(scales_smem.columns, chunk, out.shape)
+            if row_scales is not None:
+                out = out * lax.broadcast_in_dim(row_scales, out.shape, [0])
             if epilogue != "none":
-                own_bias = bias_smem.at[wg, pl.ds(chunk * chunk_columns, chunk_columns)]
-                by_column = plgpu.Layout.WGMMA.reduce(0)
-                # pyright reads jax 0.10, where an index had to be given.
-                bias = plgpu.load(own_bias, layout=by_column, optimized=False)  # pyright: ignore
-                out = out + lax.broadcast_in_dim(bias.astype(jnp.float32), out.shape, [1])
+                out = out + by_column(bias_smem, chunk, out.shape)
             if epilogue == "gelu":
                 out = gelu(out)
-            return out.astype(out_smem.dtype)
+            if inverse_out is not None:
+                out = out * inverse_out
+            return hopper.rounded(out, out_smem.dtype, interpret=interpret)
 
         def store(slot, row, columns):
             target = out_gmem.at[pl.ds(row, wg_rows), columns]
@@ -222,13 +264,16 @@ def _kernel(
                 def _own_turn():
                     plgpu.barrier_wait(turn.at[wg])
 
-            acc = multiply(count)
-            if epilogue != "none":
+            acc, row_scales = multiply(count), None
+            if epilogue != "none" or scales_gmem.columns is not None:
                 plgpu.barrier_wait(vectors_ready.at[wg])
+            if scales_gmem.rows is not None:
+                own, by_row = scales_smem.rows.at[wg], plgpu.Layout.WGMMA.reduce(1)
+                row_scales = plgpu.load(own, layout=by_row, optimized=False)  # pyright: ignore
             for chunk in range(tile_n // chunk_columns):
                 slot = chunk % config.num_slots
                 plgpu.wait_smem_to_gmem(config.num_slots - 1, wait_read_only=True)
-                out_smem[wg, slot] = finish(acc, chunk)
+                out_smem[wg, slot] = finish(acc, row_scales, chunk)
                 plgpu.commit_smem()
                 columns = pl.ds(column + chunk * chunk_columns, chunk_columns)
                 write = store if rows_gmem is None else scatter
@@ -264,7 +309,8 @@ def _kernel(
                 depth = pl.ds(k * tile_k, tile_k)
                 a_tile = a_gmem.at[pl.ds(row, tile_m), depth]
                 plgpu.copy_gmem_to_smem(a_tile, a_smem.at[slot], ready, collective_axes=axes)
-                b_tile = b_gmem.at[depth, pl.ds(column, tile_n)]
+                place_b = (depth, pl.ds(column, tile_n))
+                b_tile = b_gmem.at[place_b[::-1] if k_major else place_b]
                 plgpu.copy_gmem_to_smem(b_tile, b_smem.at[slot], ready)
 
         # Every completion is seen, also the last: a block must outlive its neighbour's arrivals.
@@ -281,12 +327,14 @@ def scratch_types(
     *,
     out_dtype: DTypeLike,
     bias_dtype: DTypeLike,
-    scatters: bool = False,
+    num_vectors: int = 1,
+    scaled: bool = False,
 ) -> dict[str, Any]:
     """Shared memory and barriers of a block of threads: `a` and `b` have `dtype`."""
     num_stages, wg_rows = config.num_stages, config.warpgroup_rows
     tile_m, tile_n, tile_k = config.tile_m, config.tile_n, config.tile_k
-    out_columns = OPERANDS[jnp.dtype(out_dtype)].columns
+    out_columns = min(OPERANDS[jnp.dtype(out_dtype)].columns, tile_n)
+    b_tile = (tile_n, tile_k) if OPERANDS[jnp.dtype(dtype)].k_major else (tile_k, tile_n)
     num_barriers = num_stages * (WARPGROUPS if config.take_turns else 1)
     num_readers = 1 if config.take_turns else WARPGROUPS
     if config.cluster > 1:
@@ -295,22 +343,24 @@ def scratch_types(
         )
     else:
         empty = plgpu.Barrier(num_barriers=num_barriers, num_arrivals=num_readers)
+    scales = Scales(*(plgpu.SMEM((WARPGROUPS, size), jnp.float32) for size in (tile_n, wg_rows)))
     return dict(
         a_smem=hopper.buffer(dtype, num_stages, tile_m, tile_k),
-        b_smem=hopper.buffer(dtype, num_stages, tile_k, tile_n),
+        b_smem=hopper.buffer(dtype, num_stages, *b_tile),
         out_smem=hopper.buffer(out_dtype, WARPGROUPS, config.num_slots, wg_rows, out_columns),
         bias_smem=plgpu.SMEM((WARPGROUPS, tile_n), bias_dtype),
         rows_smem=plgpu.SMEM((WARPGROUPS, wg_rows), jnp.int32),
         full=plgpu.Barrier(num_barriers=num_barriers, num_arrivals=2),
         empty=empty,
         turn=plgpu.Barrier(num_barriers=WARPGROUPS),
-        vectors_ready=plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=1 + scatters),
+        vectors_ready=plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=num_vectors),
+        **({"scales_smem": scales} if scaled else {}),
     )
 
 
 def prepare(
-    a: Array,
-    b: Array,
+    a: Array | Float8Rows,
+    b: Array | Float8Weight,
     bias: Array,
     rows: Array | None = None,
     x: Array | None = None,
@@ -318,28 +368,44 @@ def prepare(
     epilogue: Epilogue,
     config: Config,
     num_rows: int | None = None,
+    dtype: DTypeLike | None = None,
+    out_scale: Array | None = None,
     interpret: Any = False,
-) -> tuple[Statics, tuple[Array, Array, Array, Array | None, Array | None]]:
+) -> tuple[Statics, tuple[Array, Array, Array, Array | None, Scales, Array | None]]:
     """What `launch` takes; `tuning.fitting_matmul` knows a config.
 
     Args:
         a: Left operand [M, K], M a multiple of the tile.
-        b: Right operand [K, N], a's dtype.
-        bias: [N], float32 or a's dtype.
+        b: Right operand [K, N], a's dtype, or in 8 bits as a is.
+        bias: [N], float32 or 16-bit floats.
         rows: For "add", rows of x, int32 [M]; None is row m for row m of a.
         x: For "add", what is added to, [any, N], 16-bit floats.
         epilogue: What follows the product.
         config: How the kernel runs.
         num_rows: How many rows of a count, those behind being padding; None is all.
+        dtype: Of the output; None is x's, or else a's.
+        out_scale: What an output in 8 bits is divided by, float32 [].
         interpret: For tests: parameters of Mosaic GPU's interpret mode.
 
     Raises:
         ValueError: The config does not fit the product.
     """
-    if not config.fits(len(a), b.shape[1], a.shape[1], a.dtype):
-        raise ValueError(f"config must fit the product of {a.shape} and {b.shape}, got {config}")
+    scales = Scales(inverse_out=None if out_scale is None else 1 / out_scale.reshape(1))
+    if isinstance(a, Float8Rows) or isinstance(b, Float8Weight):
+        assert isinstance(a, Float8Rows) and isinstance(b, Float8Weight), "it is checked"
+        if a.scale.ndim:
+            scales = scales._replace(columns=b.scale, rows=a.scale)
+        else:
+            scales = scales._replace(columns=a.scale * b.scale)
+        a, b, shape = a.values, b.values, b.values.shape[::-1]
+    else:
+        shape = b.shape
+    if not config.fits(len(a), shape[1], shape[0], a.dtype):
+        raise ValueError(f"config must fit the product of {a.shape} and {shape}, got {config}")
     num_rows = len(a) if num_rows is None else num_rows
-    return Statics(epilogue, config, num_rows, interpret), (a, b, bias, rows, x)
+    dtype = jnp.dtype(dtype or (a if x is None else x).dtype)
+    statics = Statics(epilogue, config, num_rows, dtype, interpret)
+    return statics, (a, b, bias, rows, scales, x)
 
 
 # Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
@@ -349,8 +415,9 @@ def launch(
     a: Array,
     b: Array,
     bias: Array,
-    rows: Array | None = None,
-    x: Array | None = None,
+    rows: Array | None,
+    scales: Scales,
+    x: Array | None,
 ) -> Array:
     """Run the kernel on what `prepare` gives.
 
@@ -359,16 +426,22 @@ def launch(
     """
     a, b, bias, x = undifferentiable("a product", (a, b, bias, x))
     config, cluster = statics.config, statics.config.cluster
-    out_dtype, x_ref = (a.dtype, None) if x is None else (x.dtype, jax.new_ref(x))
-    m, n = a.shape[0], b.shape[1]
+    x_ref = None if x is None else jax.new_ref(x)
+    m, n = a.shape[0], b.shape[0 if OPERANDS[a.dtype].k_major else 1]
     num_tiles = -(-statics.num_rows // config.tile_m) * (n // (config.tile_n * cluster))
+    vectors = [None if statics.epilogue == "none" else bias, rows, scales.columns, scales.rows]
     kernel = hopper.kernel(
         functools.partial(_kernel, statics=statics),
         name=f"matmul_{statics.epilogue}",
         interpret=statics.interpret,
-        out_type=jax.ShapeDtypeStruct((m, n), out_dtype) if x_ref is None else (),
+        out_type=jax.ShapeDtypeStruct((m, n), statics.dtype) if x_ref is None else (),
         scratch_types=scratch_types(
-            config, a.dtype, out_dtype=out_dtype, bias_dtype=bias.dtype, scatters=rows is not None
+            config,
+            a.dtype,
+            out_dtype=statics.dtype,
+            bias_dtype=bias.dtype,
+            num_vectors=max(1, sum(vector is not None for vector in vectors)),
+            scaled=scales.columns is not None,
         ),
         grid=(min(config.num_programs // cluster, num_tiles),),
         grid_names=("program",),
@@ -377,5 +450,5 @@ def launch(
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
     )
-    out = kernel(a, b, bias, rows, x_ref)
+    out = kernel(a, b, bias, rows, scales, x_ref)
     return out if x_ref is None else jax.freeze(x_ref)

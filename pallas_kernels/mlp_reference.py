@@ -9,22 +9,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.float8 import Float8Weight, quantize_rows, quantize_static
 from pallas_kernels.mlp_weights import MLPWeights
-from pallas_kernels.reference import layer_norm, matmul_precision
+from pallas_kernels.reference import layer_norm, linear
 
 
 def mlp_update(
     x: Float[Array, "... d"], weights: MLPWeights, epsilon: float
 ) -> Float[Array, "... d"]:
     """`MLP(LN(x))`, without the residual; x's dtype, while products are in that of the weights."""
-    dtype = weights.kernel1.dtype
-    precision = matmul_precision(dtype)
-    y = layer_norm(x, weights.norm_scale, weights.norm_bias, epsilon, dtype)
-    hidden = jnp.matmul(y, weights.kernel1, precision=precision)
-    hidden = hidden.astype(jnp.float32) + weights.bias1
-    hidden = jax.nn.gelu(hidden, approximate=False).astype(dtype)
-    update = jnp.matmul(hidden, weights.kernel2, precision=precision)
-    return (update.astype(jnp.float32) + weights.bias2).astype(x.dtype)
+    kernel1, kernel2 = weights.kernel1, weights.kernel2
+    y = layer_norm(x, weights.norm_scale, weights.norm_bias, epsilon, jnp.float32)
+    y = quantize_rows(y) if isinstance(kernel1, Float8Weight) else y.astype(kernel1.dtype)
+    hidden = linear(y, kernel1).astype(jnp.float32) + weights.bias1
+    hidden = jax.nn.gelu(hidden, approximate=False)
+    if isinstance(kernel2, Float8Weight):
+        assert weights.hidden_scale is not None, "the public functions check that it is there"
+        hidden = quantize_static(hidden, weights.hidden_scale)
+    else:
+        hidden = hidden.astype(kernel2.dtype)
+    update = linear(hidden, kernel2).astype(jnp.float32) + weights.bias2
+    return update.astype(x.dtype)
 
 
 def routed_mlp(

@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import matmul_kernel
 from pallas_kernels.choices import Implementation
-from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
+from pallas_kernels.float8 import Float8Rows, Float8Weight, checked_shape
+from pallas_kernels.hopper import KERNEL_DTYPES, VECTOR_DTYPES, dtype_problems
 from pallas_kernels.implementation import resolve, undifferentiable
 from pallas_kernels.matmul_kernel import Config, Epilogue
-from pallas_kernels.reference import matmul_precision
+from pallas_kernels.reference import linear
 from pallas_kernels.tuning import fitting_matmul, padded
 
 
@@ -26,15 +28,17 @@ class Statics(NamedTuple):
 
     epilogue: Epilogue
     config: Config
+    dtype: jnp.dtype  # of the result
     interpret: Any
 
 
 def projection(
-    x: Float[Array, "*rows d"],
-    kernel: Float[Array, "d n"],
+    x: Float[Array, "*rows d"] | Float8Rows,
+    kernel: Float[Array, "d n"] | Float8Weight,
     bias: Float[Array, " n"],
     *,
     residual: Float[Array, "*rows n"] | None = None,
+    dtype: DTypeLike | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "*rows n"]:
     """`x kernel + bias`, or `residual + x kernel + bias`.
@@ -43,26 +47,39 @@ def projection(
     the residual, which it updates in place where XLA finds it unused afterwards.
 
     Args:
-        x: Rows of any number and shape; for the kernel bfloat16 or float16.
-        kernel: Dtype of x.
+        x: Rows of any number and shape; for the kernel 16-bit floats or `Float8Rows`.
+        kernel: Dtype of x, or a `Float8Weight` for `Float8Rows`.
         bias: Dtype of x or float32.
         residual: What the product is added to; for the kernel bfloat16 or float16.
+        dtype: Of the result, where x has 8 bits and there is no residual.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
     Returns:
-        The layer's output, dtype of x or of the residual.
+        The layer's output, dtype of x or of the residual, or the given one.
 
     Raises:
         ValueError: Shapes disagree, or `"mosaic_gpu"` is asked for where it cannot run.
         NotImplementedError: The kernel is differentiated; `"xla"` is differentiable.
     """
-    d, n = x.shape[-1], bias.shape[0]
-    if kernel.shape != (d, n):
-        raise ValueError(f"kernel must have shape {(d, n)}, got {kernel.shape}")
-    if residual is not None and residual.shape != (*x.shape[:-1], n):
-        raise ValueError(f"residual must have shape {(*x.shape[:-1], n)}, got {residual.shape}")
+    if isinstance(x, Float8Rows) != isinstance(kernel, Float8Weight):
+        got = f"{type(x).__name__} and {type(kernel).__name__}"
+        raise ValueError(f"x and kernel must both have 8 bits or neither, got {got}")
+    (*lead, d), n = checked_shape("x", x), bias.shape[0]
+    if (shape := checked_shape("kernel", kernel)) != (d, n):
+        raise ValueError(f"kernel must have shape {(d, n)}, got {shape}")
+    if residual is not None and residual.shape != (*lead, n):
+        raise ValueError(f"residual must have shape {(*lead, n)}, got {residual.shape}")
+    own_dtype = getattr(x if residual is None else residual, "dtype", None)
+    if dtype is None and own_dtype is None:
+        raise ValueError("dtype must be given where x has 8 bits and no residual, got None")
+    dtype = jnp.dtype(dtype or own_dtype)
+    if own_dtype not in (None, dtype):
+        raise ValueError(f"dtype must be {own_dtype} as x or the residual, got {dtype}")
     problems = []
-    if x.dtype not in KERNEL_DTYPES or kernel.dtype != x.dtype:
+    if isinstance(x, Float8Rows) or isinstance(kernel, Float8Weight):
+        problems += dtype_problems(KERNEL_DTYPES, dtype=dtype)
+        problems += dtype_problems(VECTOR_DTYPES, bias=bias.dtype)
+    elif x.dtype not in KERNEL_DTYPES or kernel.dtype != x.dtype:
         dtypes = f"{x.dtype} and {kernel.dtype}"
         problems.append(f"x and kernel must be both bfloat16 or both float16, got {dtypes}")
     if residual is not None:
@@ -71,21 +88,23 @@ def projection(
         if width % 64:
             problems.append(f"{name} must be a multiple of 64, got {width}")
     if resolve(implementation, function="projection", problems=problems) == "xla":
-        out = jnp.matmul(x, kernel, precision=matmul_precision(x.dtype)) + bias.astype(x.dtype)
-        return out if residual is None else residual + out.astype(residual.dtype)
-    statics, operands = prepare(x, kernel, bias, residual=residual)
+        out = linear(x, kernel)
+        out = (out + bias.astype(out.dtype)).astype(dtype)
+        return out if residual is None else residual + out
+    statics, operands = prepare(x, kernel, bias, residual=residual, dtype=dtype)
     return launch(statics, *operands)
 
 
 def prepare(
-    x: Array,
-    kernel: Array,
+    x: Array | Float8Rows,
+    kernel: Array | Float8Weight,
     bias: Array,
     *,
     residual: Array | None = None,
+    dtype: DTypeLike | None = None,
     config: Config | None = None,
     interpret: Any = False,
-) -> tuple[Statics, tuple[Array, Array, Array, Array | None]]:
+) -> tuple[Statics, tuple[Array | Float8Rows, Array | Float8Weight, Array, Array | None]]:
     """What `launch` takes, for checked arguments of `projection`.
 
     Args:
@@ -93,35 +112,51 @@ def prepare(
         kernel: [d, n].
         bias: [n].
         residual: What the product is added to.
+        dtype: Of the result; None is the residual's, or else x's.
         config: How the kernel runs; None is the tuned one.
         interpret: For tests: parameters of Mosaic GPU's interpret mode.
     """
     epilogue = "bias" if residual is None else "add"
-    num_rows, (d, n) = x.size // x.shape[-1], kernel.shape
-    config = config or fitting_matmul(epilogue, padded(num_rows), n, d, x.dtype)
+    values = x.values if isinstance(x, Float8Rows) else x
+    d, n = values.shape[-1], bias.shape[0]
+    config = config or fitting_matmul(epilogue, padded(values.size // d), n, d, values.dtype)
     assert config is not None, "a tile of 128 x 64 fits every width that is checked for"
-    return Statics(epilogue, config, interpret), (x, kernel, bias, residual)
+    dtype = jnp.dtype(dtype or (values if residual is None else residual).dtype)
+    return Statics(epilogue, config, dtype, interpret), (x, kernel, bias, residual)
 
 
 # Jitted, so that an encoder traces and lowers the kernel once and not once a layer.
 @functools.partial(jax.jit, static_argnums=0)
 def launch(
-    statics: Statics, x: Array, kernel: Array, bias: Array, residual: Array | None = None
+    statics: Statics,
+    x: Array | Float8Rows,
+    kernel: Array | Float8Weight,
+    bias: Array,
+    residual: Array | None = None,
 ) -> Array:
     """Run the kernel on what `prepare` gives; the result is that of `projection`."""
     x, kernel, bias, residual = undifferentiable("projection", (x, kernel, bias, residual))
-    (*lead, d), n = x.shape, kernel.shape[1]
-    num_rows = x.size // d
-    padding = padded(num_rows) - num_rows
-    flat, rows = x.reshape(num_rows, d), None
-    if padding:
-        flat = jnp.pad(flat, ((0, padding), (0, 0)))
+    values = x.values if isinstance(x, Float8Rows) else x
+    (*lead, d), n = values.shape, bias.shape[0]
+    num_rows = values.size // d
+    padding, rows = padded(num_rows) - num_rows, None
+
+    def flat(array: Array, *width: int) -> Array:
+        array = array.reshape(num_rows, *width)
+        return jnp.pad(array, ((0, padding), (0, 0))[: array.ndim]) if padding else array
+
+    if isinstance(x, Float8Rows):
+        scale = flat(x.scale) if x.scale.ndim else x.scale
+        a = Float8Rows(flat(values, d), scale)
+    else:
+        a = flat(values, d)
+    if padding and residual is not None:
         rows = jnp.pad(jnp.arange(num_rows, dtype=jnp.int32), (0, padding), mode="edge")
     kernel_statics, operands = matmul_kernel.prepare(
-        flat,
+        a,
         kernel,
         bias,
-        None if residual is None else rows,
+        rows,
         None if residual is None else residual.reshape(num_rows, n),
         num_rows=num_rows,
         **statics._asdict(),

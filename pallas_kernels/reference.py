@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_layout import BlockLayout
+from pallas_kernels.float8 import Float8Rows, Float8Weight, product
 
 Index = Array | np.ndarray  # static where it is a numpy array
 # Queries whose logits are one product. XLA can use a chunk's memory again for the next, though
@@ -168,6 +169,14 @@ def layer_norm(
     y = y - y.mean(axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt((y * y).mean(axis=-1, keepdims=True) + epsilon)
     return (y * scale + bias).astype(dtype or x.dtype)
+
+
+def linear(x: Array | Float8Rows, kernel: Array | Float8Weight) -> Float[Array, "*rows n"]:
+    """A product in the dtype of its operands, or in float32 where they have 8 bits."""
+    if isinstance(x, Float8Rows) or isinstance(kernel, Float8Weight):
+        assert isinstance(x, Float8Rows) and isinstance(kernel, Float8Weight), "it is checked"
+        return product(x, kernel)
+    return jnp.matmul(x, kernel, precision=matmul_precision(x.dtype))
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:

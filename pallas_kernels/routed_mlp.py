@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import gather_norm_kernel, matmul_kernel, mlp_reference
 from pallas_kernels.choices import Implementation
+from pallas_kernels.float8 import Float8Rows, Float8Weight, checked_shape, dtype_of
 from pallas_kernels.hopper import KERNEL_DTYPES, VECTOR_DTYPES, dtype_problems
 from pallas_kernels.implementation import resolve, undifferentiable
 from pallas_kernels.matmul_kernel import Config
@@ -42,27 +43,32 @@ class Statics(NamedTuple):
 def _check(x: Array, weights: MLPWeights) -> None:
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, N, d], got {x.shape}")
-    if weights.kernel1.ndim != 2:
-        raise ValueError(f"kernel1 must have shape [d, h], got {weights.kernel1.shape}")
-    d, h = x.shape[2], weights.kernel1.shape[1]
-    shapes = ((d,), (d,), (d, h), (h,), (h, d), (d,))
-    for (name, array), shape in zip(weights._asdict().items(), shapes, strict=True):
-        if array.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} for x {x.shape}, got {array.shape}")
+    shapes = {n: checked_shape(n, a) for n, a in weights._asdict().items() if a is not None}
+    if len(shapes["kernel1"]) != 2:
+        raise ValueError(f"kernel1 must have shape [d, h], got {shapes['kernel1']}")
+    d, h = x.shape[2], shapes["kernel1"][1]
+    expected = ((d,), (d,), (d, h), (h,), (h, d), (d,), ())
+    for (name, got), shape in zip(shapes.items(), expected, strict=False):
+        if got != shape:
+            raise ValueError(f"{name} must have shape {shape} for x {x.shape}, got {got}")
+    if (weights.hidden_scale is None) == isinstance(weights.kernel2, Float8Weight):
+        got = f"{weights.hidden_scale} with {type(weights.kernel2).__name__}"
+        raise ValueError(f"hidden_scale must be there for a kernel2 in 8 bits alone, got {got}")
 
 
 def _problems(x: Array, weights: MLPWeights) -> list[str]:
     """What keeps the kernels from running a call, each as one clause."""
     kernel1, kernel2 = weights.kernel1, weights.kernel2
     problems = dtype_problems(KERNEL_DTYPES, x=x.dtype)
-    if kernel1.dtype not in KERNEL_DTYPES or kernel1.dtype != kernel2.dtype:
-        dtypes = f"{kernel1.dtype} and {kernel2.dtype}"
-        problems.append(f"kernel1 and kernel2 must be both bfloat16 or both float16, got {dtypes}")
+    dtypes = [k.dtype for k in (kernel1, kernel2) if not isinstance(k, Float8Weight)]
+    if set(dtypes) not in [set(), *({dtype} for dtype in KERNEL_DTYPES)]:
+        got = " and ".join(map(str, dtypes))
+        problems.append(f"kernel1 and kernel2 must be both bfloat16 or both float16, got {got}")
     vectors = ("norm_scale", "norm_bias", "bias1", "bias2")
     vector_dtypes = {name: getattr(weights, name).dtype for name in vectors}
     problems += dtype_problems(VECTOR_DTYPES, **vector_dtypes)
     widest = {"d": gather_norm_kernel.widest(), "h": 8192}
-    for name, width in (("d", x.shape[2]), ("h", kernel1.shape[1])):
+    for name, width in (("d", x.shape[2]), ("h", len(weights.bias1))):
         if width % 64 or not 64 <= width <= widest[name]:
             problems.append(f"{name} must be a multiple of 64 up to {widest[name]}, got {width}")
     return problems
@@ -89,8 +95,8 @@ def routed_mlp(
     Args:
         x: The residual stream.
         token_index: The routed tokens of every image, int32, none twice, in any order.
-        weights: The block's arrays; for the kernels, those of products both bfloat16 or both
-            float16, vectors these or float32.
+        weights: The block's arrays; for the kernels, those of products all bfloat16 or all float16,
+            or in 8 bits, vectors 16-bit or float32.
         epsilon: Added to the variance.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
@@ -128,8 +134,8 @@ def mlp(
 
     Args:
         x: The residual stream.
-        weights: The block's arrays; for the kernels, those of products both bfloat16 or both
-            float16, vectors these or float32.
+        weights: The block's arrays; for the kernels, those of products all bfloat16 or all float16,
+            or in 8 bits, vectors 16-bit or float32.
         epsilon: Added to the variance.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
@@ -170,8 +176,7 @@ def prepare(
     Returns:
         Statics and operands, the tokens as rows of all images.
     """
-    batch, num_tokens, d = x.shape
-    h = weights.kernel1.shape[1]
+    (batch, num_tokens, d), h = x.shape, len(weights.bias1)
     if token_index is not None:
         first_rows = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_tokens
         rows = (token_index + first_rows).reshape(-1)
@@ -179,10 +184,10 @@ def prepare(
         rows = jnp.arange(num_rows, dtype=jnp.int32)
     else:
         rows = None
-    m, dtype = padded(batch * num_tokens if rows is None else len(rows)), weights.kernel1.dtype
+    m = padded(batch * num_tokens if rows is None else len(rows))
     config1, config2 = configs or (
-        fitting_matmul("gelu", m, h, d, dtype),
-        fitting_matmul("add", m, d, h, dtype),
+        fitting_matmul("gelu", m, h, d, dtype_of(weights.kernel1)),
+        fitting_matmul("add", m, d, h, dtype_of(weights.kernel2)),
     )
     assert config1 and config2, "a tile of 128 x 64 fits every width that is checked for"
     return Statics(epsilon, config1, config2, interpret), (x, rows, weights)
@@ -212,16 +217,25 @@ def launch(statics: Statics, x: Array, rows: Array | None, weights: MLPWeights) 
         weights.norm_scale,
         weights.norm_bias,
         rows,
-        dtype=weights.kernel1.dtype,
+        dtype=dtype_of(weights.kernel1),
         epsilon=statics.epsilon,
         **options,
     )
     normed = gather_norm_kernel.launch(norm_statics, *operands)
 
     gelu_statics, operands = matmul_kernel.prepare(
-        normed, weights.kernel1, weights.bias1, epilogue="gelu", config=statics.config1, **options
+        normed,
+        weights.kernel1,
+        weights.bias1,
+        epilogue="gelu",
+        config=statics.config1,
+        dtype=dtype_of(weights.kernel2),
+        out_scale=weights.hidden_scale,
+        **options,
     )
     hidden = matmul_kernel.launch(gelu_statics, *operands)
+    if weights.hidden_scale is not None:
+        hidden = Float8Rows(hidden, weights.hidden_scale)
 
     add_statics, operands = matmul_kernel.prepare(
         hidden,

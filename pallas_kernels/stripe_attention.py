@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import cudnn_attention, reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.choices import Implementation
+from pallas_kernels.float8 import DTYPE, Float8Rows, quantize_static
 from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
 from pallas_kernels.implementation import resolve
 from pallas_kernels.relative_position import given_tables
@@ -97,8 +98,9 @@ def stripe_attention(
     *,
     layout: BlockLayout,
     block_order: Int[Array, "B num_kv_blocks"] | None = None,
+    out_scale: Float[Array, ""] | None = None,
     implementation: Implementation = "auto",
-) -> Float[Array, "B Gh Gw H D"]:
+) -> Float[Array, "B Gh Gw H D"] | Float8Rows:
     """Attention over a static block layout with SAM's decomposed relative position bias.
 
     `softmax(q k^T / sqrt(D) + rel_h + rel_w) v` over the layout's keys, where a query at row y and
@@ -117,10 +119,11 @@ def stripe_attention(
         layout: Which 64 x 64 blocks are computed.
         block_order: Rank -> key block: the bar is the `layout.num_bar_blocks` best-ranked blocks of
             every image. None is the identity.
+        out_scale: The result has 8 bits with this scale; None is the dtype of qkv.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
     Returns:
-        Attention's output in raster order, dtype of qkv.
+        Attention's output in raster order, dtype of qkv or `Float8Rows`.
 
     Raises:
         ValueError: Shapes disagree, or `"mosaic_gpu"` is asked for where it cannot run.
@@ -147,7 +150,7 @@ def stripe_attention(
     problems = [] if implementation == "xla" else _problems(qkv, sequence, layout, has_bias)
     chosen = resolve(implementation, function="stripe_attention", problems=problems)
     program = attend_by_groups if chosen == "mosaic_gpu" else _xla_stripe_attention
-    options: dict[str, Any] = dict(layout=layout, block_order=block_order)
+    options: dict[str, Any] = dict(layout=layout, block_order=block_order, out_scale=out_scale)
     return program(qkv, rel_pos_h, rel_pos_w, sequence, **options)
 
 
@@ -159,7 +162,8 @@ def _xla_stripe_attention(
     *,
     layout: BlockLayout,
     block_order: Array | None,
-) -> Array:
+    out_scale: Array | None,
+) -> Array | Float8Rows:
     """Attention of the tokens in the order of the sequence, through cuDNN where that runs."""
     q, k, v = (qkv[:, :, :, i] for i in range(3))
     tables = given_tables(rel_pos_h, rel_pos_w)
@@ -180,7 +184,8 @@ def _xla_stripe_attention(
     out = attend(q, k, v, rel_h, rel_w, rows, cols, layout=layout, block_order=block_order)
     if sequence is not None:
         out = permute(out, inverse(sequence))
-    return out.reshape(shape)
+    out = out.reshape(shape)
+    return out if out_scale is None else quantize_static(out, out_scale)
 
 
 def attend_by_groups(
@@ -191,9 +196,10 @@ def attend_by_groups(
     *,
     layout: BlockLayout,
     block_order: Array | None = None,
+    out_scale: Array | None = None,
     config: Config | None = None,
     interpret: Any = False,
-) -> Array:
+) -> Array | Float8Rows:
     """`prepare` and `launch` for one group of images after the other, for checked arguments.
 
     Each launch writes to its images' place in the output of the one before, and nothing that a
@@ -209,9 +215,9 @@ def attend_by_groups(
     needed = image_bytes(grid, heads, head_dim, qkv.dtype, **options)
     items = Schedule(layout, config, heads, 1).num_items
     groups = image_groups(batch, items, config.num_programs, needed)
-    out, own_sequence = None, sequence
+    out, own_sequence, dtype = None, sequence, qkv.dtype if out_scale is None else DTYPE
     if len(groups) > 1:  # the first group writes in place too: groups of a size share a kernel
-        out = blocks.tiling.view(lax.empty((batch, height, width, heads, head_dim), qkv.dtype))
+        out = blocks.tiling.view(lax.empty((batch, height, width, heads, head_dim), dtype))
     for images in groups:
         if images.start:
             qkv, own_sequence, out = _together(qkv, own_sequence, out)
@@ -222,6 +228,7 @@ def attend_by_groups(
             own_sequence,
             layout=layout,
             block_order=block_order,
+            out_scale=out_scale,
             images=images,
             config=config,
             interpret=interpret,
@@ -230,7 +237,8 @@ def attend_by_groups(
     assert out is not None, "there is an image"
     if blocks.sequence is not None:
         out = permute(out.reshape(batch, -1, heads, head_dim), inverse(blocks.sequence))
-    return out.reshape(qkv[:, :, :, 0].shape)
+    out = out.reshape(qkv[:, :, :, 0].shape)
+    return out if out_scale is None else Float8Rows(out, out_scale)
 
 
 def _together(*arrays: Any) -> list[Any]:

@@ -99,9 +99,11 @@ def _load(memory: Memory, schedule: Schedule, program: Any, num_own_items: Any) 
 
 def _kernel(first_gmem, qkv_gmem, operands, table_gmem, out_gmem, *, statics: Statics, **scratch):
     first_image = 0 if first_gmem is None else first_gmem[0]
+    inverse_out = None if operands.inverse_out is None else operands.inverse_out[0]
     memory = Memory(
         statics=statics,
         first_image=first_image,
+        inverse_out=inverse_out,
         qkv_gmem=qkv_gmem,
         operands=operands,
         table_gmem=table_gmem,
@@ -141,7 +143,7 @@ def launch(
         first: The first of its images, int32 [1]; None is the batch's.
         qkv: [B, Gh, Gw, 3 H, D] as `Tiling.view` sees it, 16-bit floats: q of all heads, k, v.
             Sequences: of the launch's images alone, like operands and table always.
-        operands: The position bias.
+        operands: The position bias, and the scale of a result in 8 bits.
         table: `stripe_schedule.step_table`, int32.
         out: What another launch returned, for other images, or anything where this is the first of
             several; None where this is the only one.
@@ -154,12 +156,13 @@ def launch(
     config, tiling, head_dim = statics.config, statics.tiling, qkv.shape[-1]
     rows, heads = statics.batch_size * tiling.rows, tiling.stride * statics.num_heads
     out_shape = (rows, *qkv.shape[1:3], heads, head_dim)
+    out_dtype = operands.out_dtype(qkv.dtype)
     out_refs = [] if out is None else [jax.new_ref(out)]
     kernel = hopper.kernel(
         functools.partial(_kernel, statics=statics),
         name="stripe_attention",
         interpret=statics.interpret,
-        out_type=() if out_refs else jax.ShapeDtypeStruct(out_shape, qkv.dtype),
+        out_type=() if out_refs else jax.ShapeDtypeStruct(out_shape, out_dtype),
         scratch_types=scratch_types(
             config, head_dim, qkv.dtype, operands, interpret=statics.interpret
         ),

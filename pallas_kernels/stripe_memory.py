@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from pallas_kernels import hopper
+from pallas_kernels import float8, hopper
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.boxes import as_box, spans_of, split_head_dim
 from pallas_kernels.stripe_schedule import Config, Schedule
@@ -18,7 +18,7 @@ from pallas_kernels.tiles import BLOCK, CHUNK, SIDE, Tiling
 
 
 class Operands(NamedTuple):
-    """The position bias as the kernel reads it, in the units of q . k; without one all are None.
+    """What the kernel reads beside qkv: the position bias, in the units of q . k, if there is one.
 
     Attributes:
         rel_h: Tiles: float32 [B H tiles, Gh, 64], the bias of key rows sorted by parity.
@@ -26,16 +26,23 @@ class Operands(NamedTuple):
         rel_w: Tiles: [B H tiles, Gw / 16, 64, 16], key columns sorted by parity, dtype of qkv.
             Sequences: like rel_h.
         onehot: Tiles: None. Sequences: the keys' coordinates, [1 or B or B H, chunks, N, 16].
+        inverse_out: What a result in 8 bits is multiplied by, float32 [1]; None is one of qkv's
+            dtype.
     """
 
     rel_h: Any = None
     rel_w: Any = None
     onehot: Any = None
+    inverse_out: Any = None
 
     @property
     def rel(self) -> list[Any]:
         """rel_h and rel_w, or nothing without a position bias."""
         return [x for x in (self.rel_h, self.rel_w) if x is not None]
+
+    def out_dtype(self, dtype: DTypeLike) -> DTypeLike:
+        """Of the result for qkv of a dtype."""
+        return dtype if self.inverse_out is None else float8.DTYPE
 
 
 class Statics(NamedTuple):
@@ -95,7 +102,7 @@ def scratch_types(
         scratch["p_smem"] = plgpu.SMEM((num_wgs, BLOCK, block_kv), dtype)
     return scratch | dict(
         q_smem=[hopper.buffer(dtype, num_wgs, BLOCK, part) for part in parts],
-        out_smem=[hopper.buffer(dtype, num_wgs, BLOCK, part) for part in parts],
+        out_smem=[hopper.buffer(operands.out_dtype(dtype), num_wgs, BLOCK, part) for part in parts],
         k_smem=[hopper.buffer(dtype, num_stages, block_kv, part) for part in parts],
         v_smem=[hopper.buffer(dtype, num_stages, block_kv, part) for part in parts],
         rel_smem=rel_smem,
@@ -127,6 +134,7 @@ class Memory:
 
     statics: Statics
     first_image: Any  # of the batch, in whose map it is
+    inverse_out: Any  # the operand's number, or None
     qkv_gmem: Any
     operands: Operands
     table_gmem: Any

@@ -182,6 +182,7 @@ def prepare(
     *,
     layout: BlockLayout,
     block_order: Array | None = None,
+    out_scale: Array | None = None,
     images: range | None = None,
     config: Config | None = None,
     position_bias: Resolved = "mosaic_gpu",
@@ -193,12 +194,13 @@ def prepare(
     the sequence; given the output of another launch besides, it writes to this one's images alone.
 
     Args:
-        qkv: See `stripe_attention`, like the next five.
+        qkv: See `stripe_attention`, like the next six.
         rel_pos_h: None is no position bias.
         rel_pos_w: Likewise.
         sequence: None is raster order.
         layout: Which blocks are computed.
         block_order: None is the identity.
+        out_scale: None is a result of qkv's dtype.
         images: Those of the batch that the launch attends to; None is all.
         config: How the kernel runs; None is the tuned one.
         position_bias: What computes it, `"mosaic_gpu"` being kernels of its own where these fit.
@@ -221,6 +223,8 @@ def prepare(
         flat, operands = _tile_operands(qkv, tables, blocks.tiling, images, tile_bias)
     else:
         flat, operands = _sequence_operands(qkv, tables, blocks, images, map_bias)
+    if out_scale is not None:
+        operands = operands._replace(inverse_out=1 / out_scale.reshape(1))
     own_order = None if block_order is None else block_order[images.start : images.stop]
     table = step_table(blocks.tile_of_block, layout, own_order, config.block_kv)
     sizes = heads, len(images), batch

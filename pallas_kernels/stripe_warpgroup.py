@@ -239,10 +239,13 @@ class Warpgroup:
 
         out = pl.run_scoped(last_product, *self.accumulators(*memory.parts))
         inverse = state.softmax.inverse_total()
+        if memory.inverse_out is not None:
+            inverse = inverse * memory.inverse_out
         plgpu.wait_smem_to_gmem(0)
         for x, smem in zip(out, memory.out_smem, strict=True):
             own = x * lax.broadcast_in_dim(inverse, x.shape, [0])
-            smem.at[self.number][...] = own.astype(memory.dtype)
+            own = hopper.rounded(own, smem.dtype, interpret=memory.statics.interpret)
+            smem.at[self.number][...] = own
         plgpu.commit_smem()
         memory.store_block(image, head, own_tile, self.number)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels import matmul_kernel, stripe_schedule, window_kernel
+from pallas_kernels import float8, matmul_kernel, stripe_schedule, window_kernel
 
 ROW_MULTIPLE = 256  # rows of a product's operand are padded to this: every tile's rows divide it
 
@@ -29,6 +29,8 @@ class Tuning(NamedTuple):
         windows: Window attention.
         to_output: Products with bias, or with bias and GELU, by their rows.
         to_residual: Products with bias, residual and perhaps scatter, by their rows.
+        float8_to_output: Those of 8-bit operands.
+        float8_to_residual: Likewise.
     """
 
     tiles: tuple[stripe_schedule.Config, ...]
@@ -36,11 +38,22 @@ class Tuning(NamedTuple):
     windows: tuple[window_kernel.Config, ...]
     to_output: Matmuls
     to_residual: Matmuls
+    float8_to_output: Matmuls
+    float8_to_residual: Matmuls
 
 
 _PINGPONG = matmul_kernel.Config(cluster=2)
 _SHARED = matmul_kernel.Config(tile_n=256, num_slots=1, take_turns=False)
 _ANY = (_PINGPONG, matmul_kernel.Config(), matmul_kernel.Config(tile_n=64))
+
+# Of 8-bit operands: a row of 128 is the TMA's widest swizzle.
+_WIDE8 = matmul_kernel.Config(tile_m=64, tile_n=256, tile_k=128)
+_SHARED8 = matmul_kernel.Config(tile_n=256, tile_k=128, num_slots=1, take_turns=False)
+_ANY8 = (
+    matmul_kernel.Config(tile_k=128),
+    matmul_kernel.Config(tile_n=64, tile_k=128),
+    matmul_kernel.Config(tile_n=64),
+)
 
 H200 = Tuning(
     # `python -m benchmarks tune stripe`, TFLOP/s of the kernel alone, B8 N4096 H16: D 64 dense
@@ -83,6 +96,8 @@ H200 = Tuning(
         ),
         math.inf: (_SHARED, *_ANY),  # 676, ping-pong 636
     },
+    float8_to_output={math.inf: (_WIDE8, *_ANY8)},
+    float8_to_residual={math.inf: (_SHARED8, *_ANY8)},
 )
 BY_DEVICE = {"NVIDIA H200": H200}
 
@@ -96,7 +111,8 @@ def fitting_matmul(
     epilogue: matmul_kernel.Epilogue, m: int, n: int, k: int, dtype: DTypeLike = jnp.bfloat16
 ) -> matmul_kernel.Config | None:
     """The first tiling that fits a product of [m, k] and [k, n] with this epilogue."""
-    table = tuned().to_residual if epilogue == "add" else tuned().to_output
+    ends = "to_residual" if epilogue == "add" else "to_output"
+    table = getattr(tuned(), f"float8_{ends}" if jnp.dtype(dtype) == float8.DTYPE else ends)
     configs = next(configs for rows, configs in table.items() if m <= rows)
     return next((config for config in configs if config.fits(m, n, k, dtype)), None)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import cudnn_attention, reference
 from pallas_kernels.block_layout import BlockLayout
 from pallas_kernels.choices import Implementation
+from pallas_kernels.float8 import Float8Rows, quantize_static
 from pallas_kernels.hopper import KERNEL_DTYPES, dtype_problems
 from pallas_kernels.implementation import resolve
 from pallas_kernels.relative_position import given_tables, relative_position
@@ -45,9 +46,12 @@ def _keep(order: Any, bar_len: int) -> Array | np.ndarray:
     return jnp.put_along_axis(keep, bar, 0, axis=-1, inplace=False)
 
 
-def fitting_config(window_size: int, head_dim: int, dtype: DTypeLike) -> Config | None:
+def fitting_config(
+    window_size: int, head_dim: int, dtype: DTypeLike, *, float8_out: bool = False
+) -> Config | None:
     """The first tuned configuration that fits in shared memory, with a position bias or without."""
-    fits = (c for c in tuned().windows if c.fits(window_size, head_dim, dtype))
+    options = {"float8_out": float8_out}
+    fits = (c for c in tuned().windows if c.fits(window_size, head_dim, dtype, **options))
     return next(fits, None)
 
 
@@ -59,9 +63,10 @@ def prepare(
     window_size: int,
     layout: BlockLayout | None = None,
     order: Any = None,
+    out_scale: Array | None = None,
     config: Config | None = None,
     interpret: Any = False,
-) -> tuple[Statics, tuple[Array, tuple[Array, ...], Array | None, Array]]:
+) -> tuple[Statics, tuple[Array, tuple[Array, ...], Array | None, Array, Array | None]]:
     """What `launch` takes, for checked arguments of `window_attention`.
 
     The position bias comes from a kernel of its own, or by XLA where that does not fit.
@@ -73,11 +78,13 @@ def prepare(
         window_size: Side w of a window.
         layout: None is dense.
         order: Needed with a sparse layout.
+        out_scale: None is a result of qkv's dtype.
         config: How the kernel runs; None is the tuned one.
         interpret: For tests: parameters of Mosaic GPU's interpret mode.
     """
     batch, height, width, _, heads, head_dim = qkv.shape
-    config = config or fitting_config(window_size, head_dim, qkv.dtype)
+    float8_out = out_scale is not None
+    config = config or fitting_config(window_size, head_dim, qkv.dtype, float8_out=float8_out)
     assert config is not None, "the last configuration fits all that is checked for"
     rel, one_hot = (), None
     if tables := given_tables(rel_pos_h, rel_pos_w):
@@ -92,7 +99,8 @@ def prepare(
         sparse, keep = True, _keep(order, layout.bar_len)
     flat = qkv.reshape(batch, height, width, 3 * heads, head_dim)
     statics = Statics(window_size, heads, sparse, config, interpret)
-    return statics, (flat, rel, one_hot, jnp.asarray(keep))
+    inverse_out = None if out_scale is None else 1 / out_scale.reshape(1)
+    return statics, (flat, rel, one_hot, jnp.asarray(keep), inverse_out)
 
 
 def _check(
@@ -140,8 +148,9 @@ def window_attention(
     window_size: int,
     layout: BlockLayout | None = None,
     order: Int[Array | np.ndarray, "*batch ww"] | None = None,
+    out_scale: Float[Array, ""] | None = None,
     implementation: Implementation = "auto",
-) -> Float[Array, "B Gh Gw H D"]:
+) -> Float[Array, "B Gh Gw H D"] | Float8Rows:
     """Attention inside the windows of a feature map, with SAM's decomposed position bias.
 
     `softmax(q k^T / sqrt(D) + rel_h + rel_w) v` over a window's keys, or over the bar of its order,
@@ -163,10 +172,11 @@ def window_attention(
             are keys. None is dense.
         order: Rank -> raster index in the (padded) window, int32: [w w], [B, W, w w] or
             [B, W, H, w w], windows in raster order. Needed with a sparse layout.
+        out_scale: The result has 8 bits with this scale; None is the dtype of qkv.
         implementation: `"auto"`, `"mosaic_gpu"` or `"xla"`; see `pallas_kernels.implementation`.
 
     Returns:
-        Attention's output in raster order, dtype of qkv.
+        Attention's output in raster order, dtype of qkv or `Float8Rows`.
 
     Raises:
         ValueError: Shapes disagree, or `"mosaic_gpu"` is asked for where it cannot run.
@@ -177,9 +187,11 @@ def window_attention(
     chosen = resolve(implementation, function="window_attention", problems=problems)
     options: dict[str, Any] = dict(window_size=window_size, layout=layout, order=order)
     if chosen == "xla":
-        return _xla_window_attention(qkv, given_tables(rel_pos_h, rel_pos_w), **options)
-    statics, operands = prepare(qkv, rel_pos_h, rel_pos_w, **options)
-    return launch(statics, *operands)
+        out = _xla_window_attention(qkv, given_tables(rel_pos_h, rel_pos_w), **options)
+        return out if out_scale is None else quantize_static(out, out_scale)
+    statics, operands = prepare(qkv, rel_pos_h, rel_pos_w, out_scale=out_scale, **options)
+    out = launch(statics, *operands)
+    return out if out_scale is None else Float8Rows(out, out_scale)
 
 
 def _xla_window_attention(

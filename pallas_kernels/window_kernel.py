@@ -37,7 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from pallas_kernels import hopper
+from pallas_kernels import float8, hopper
 from pallas_kernels.boxes import map_boxes, spans_of, split_head_dim
 from pallas_kernels.hopper import MULTIPROCESSORS, REGISTERS, WGMMA_ROWS
 from pallas_kernels.implementation import undifferentiable
@@ -67,9 +67,11 @@ class Config:
     q_stages: int = 2
     take_turns: bool = True
 
-    def fits(self, window_size: int, head_dim: int, dtype: DTypeLike) -> bool:
+    def fits(
+        self, window_size: int, head_dim: int, dtype: DTypeLike, *, float8_out: bool = False
+    ) -> bool:
         """Whether a block of threads has the shared memory that this takes."""
-        scratch = scratch_types(window_size, head_dim, dtype, self)
+        scratch = scratch_types(window_size, head_dim, dtype, self, float8_out=float8_out)
         return hopper.smem_bytes(scratch, reduces=True) <= hopper.smem_limit()
 
 
@@ -113,11 +115,15 @@ class Statics(NamedTuple):
 
 
 def _kernel(
-    qkv_gmem, rel_gmem, one_hot_gmem, keep_gmem, out_gmem,
-    *, q_smem, k_smem, v_smem, rel_smem, keep_smem,
+    qkv_gmem, rel_gmem, one_hot_gmem, keep_gmem, inverse_out_gmem, out_gmem,
+    *, q_smem, k_smem, v_smem, keep_smem,
     q_full, kv_full, kv_empty, out_full, turn,
-    statics, one_hot_smem: Any = None, one_hot_full: Any = None,
+    statics, rel_smem: Any = None, one_hot_smem: Any = None, one_hot_full: Any = None,
+    out_smem: Any = None, rel_or_out_smem: Any = None,
 ):  # fmt: skip
+    if rel_or_out_smem is not None:
+        rel_smem, out_smem = rel_or_out_smem
+    out_smem = q_smem if out_smem is None else out_smem
     w, num_heads, sparse = statics.window_size, statics.num_heads, statics.sparse
     config, interpret = statics.config, statics.interpret
     batch, height, width, _, head_dim = qkv_gmem.shape
@@ -175,7 +181,8 @@ def _kernel(
         corner, _, head = item(step)
         slot = slots(step)[0]
         plgpu.barrier_wait(out_full.at[slot])
-        for chunk, span in zip(q_smem, spans, strict=True):
+        out_spans = spans_of(tuple(smem.shape[-1] for smem in out_smem))
+        for chunk, span in zip(out_smem, out_spans, strict=True):
             boxes = map_boxes(out_gmem, chunk, corner, (head, span), slot, (w, w, interpret))
             for target, source in boxes:
                 plgpu.copy_smem_to_gmem(source, target)
@@ -266,9 +273,18 @@ def _kernel(
             return [acc_ref[...] for acc_ref in acc_refs]
 
         accs = [hopper.accumulator(dtype, TILE_Q, chunk) for chunk in chunks]
-        for out, smem in zip(pl.run_scoped(multiply_weights_v, *accs), q_smem, strict=True):
-            out *= lax.broadcast_in_dim(1 / total, out.shape, [0])
-            smem[q_slot, rows] = out.astype(smem.dtype)
+        width = out_smem[0].shape[-1]
+        pieces = [
+            out[:, first : first + width]
+            for out in pl.run_scoped(multiply_weights_v, *accs)
+            for first in range(0, out.shape[1], width)
+        ]
+        for out, smem in zip(pieces, out_smem, strict=True):
+            inverse = 1 / total
+            if inverse_out_gmem is not None:
+                inverse *= inverse_out_gmem[0]
+            out *= lax.broadcast_in_dim(inverse, out.shape, [0])
+            smem[q_slot, rows] = hopper.rounded(out, smem.dtype, interpret=interpret)
 
     def compute() -> None:
         plgpu.set_max_registers(compute_registers, action="increase")
@@ -303,15 +319,23 @@ def scratch_types(
     *,
     sparse: bool = True,
     has_bias: bool = True,
+    float8_out: bool = False,
     interpret: Any = False,
 ) -> dict[str, Any]:
-    """Shared memory and barriers of a block of threads."""
+    """Shared memory and barriers of a block of threads.
+
+    A result in 8 bits has no place in q's rows, as its own are half as wide and a warpgroup's would
+    lie among the other's queries. Rows of rel are as wide as those of 32 columns of it: at head_dim
+    64 it takes the place of rel, which is read no more, and else memory of its own.
+    """
     kv_stages, q_stages = config.kv_stages, config.q_stages
     geometry, chunks = Geometry.of(window_size), split_head_dim(head_dim, dtype)
     rel = (REL, REL) if has_bias else ()
     copies = window_size if interpret else 1  # that a box takes
 
-    def boxes_of(stages: int, rows: int, widths: tuple[int, ...]) -> list[Any]:
+    def boxes_of(
+        stages: int, rows: int, widths: tuple[int, ...], dtype: DTypeLike = dtype
+    ) -> list[Any]:
         return [hopper.buffer(dtype, stages, rows, width) for width in widths]
 
     scratch: dict[str, Any] = dict(
@@ -331,6 +355,14 @@ def scratch_types(
     if has_bias:
         scratch["one_hot_smem"] = hopper.buffer(dtype, len(rel), geometry.num_keys, REL)
         scratch["one_hot_full"] = plgpu.Barrier()
+    if float8_out:
+        widths = tuple(smem.dtype.itemsize * REL for smem in scratch["rel_smem"])
+        in_place = sum(widths) == head_dim
+        out_smem = boxes_of(q_stages, geometry.q_rows, widths if in_place else chunks, float8.DTYPE)
+        if in_place:
+            scratch["rel_or_out_smem"] = plgpu.RefUnion(scratch.pop("rel_smem"), out_smem)
+        else:
+            scratch["out_smem"] = out_smem
     return scratch
 
 
@@ -342,6 +374,7 @@ def launch(
     rel: tuple[Array, ...],
     one_hot: Array | None,
     keep: Array,
+    inverse_out: Array | None,
 ) -> Array:
     """Run the kernel on what `window_attention.prepare` gives.
 
@@ -352,17 +385,21 @@ def launch(
             none without a position bias.
         one_hot: The right factors, transposed, [2, num_keys, 16]; None without.
         keep: 0 for the bar's keys and -inf for others, float32 [1 or B, 1 or W, 1 or H, 256].
+        inverse_out: What a result in 8 bits is multiplied by, float32 [1]; None is one of qkv's
+            dtype.
 
     Returns:
         Attention's output [B, Gh, Gw, H, D].
     """
     qkv, rel = undifferentiable("window_attention", (qkv, rel))
     config, interpret, head_dim = statics.config, statics.interpret, qkv.shape[-1]
+    float8_out = inverse_out is not None
+    out_dtype = float8.DTYPE if float8_out else qkv.dtype
     kernel = hopper.kernel(
         functools.partial(_kernel, statics=statics),
         name="window_attention",
         interpret=interpret,
-        out_type=jax.ShapeDtypeStruct((*qkv.shape[:3], statics.num_heads, head_dim), qkv.dtype),
+        out_type=jax.ShapeDtypeStruct((*qkv.shape[:3], statics.num_heads, head_dim), out_dtype),
         scratch_types=scratch_types(
             statics.window_size,
             head_dim,
@@ -370,6 +407,7 @@ def launch(
             config,
             sparse=statics.sparse,
             has_bias=one_hot is not None,
+            float8_out=float8_out,
             interpret=interpret,
         ),
         grid=(config.num_ctas,),
@@ -377,4 +415,4 @@ def launch(
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
     )
-    return kernel(qkv, rel, one_hot, keep)
+    return kernel(qkv, rel, one_hot, keep, inverse_out)

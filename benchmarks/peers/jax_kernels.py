@@ -205,7 +205,7 @@ def _arguments(
     config_type = MODULES[op][1]
     chosen = {"config": config_type(**config)} if config_type and config else dict(config or {})
     if op == "mlp":
-        return (a["x"], a.get("index"), MLPWeights(*(a[n] for n in MLPWeights._fields))), {}
+        return (a["x"], a.get("index"), MLPWeights(*(a[n] for n in MLPWeights._fields[:6]))), {}
     if op in ("stripe", "window", "bias"):
         given = tuple(a.pop(name) for name in ("qkv", "rel_pos_h", "rel_pos_w"))
         if op == "bias":  # in whole chunks of key coordinates

@@ -37,7 +37,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape) / 2, jnp.bfloat16)
 
-    def bound(function: Callable[..., jax.Array], *arrays: Any, **options: Any) -> Case:
+    def bound(function: Callable[..., Any], *arrays: Any, **options: Any) -> Case:
         def case(implementation: str) -> jax.Array:
             traced = [x for x in arrays if isinstance(x, jax.Array)]
             if implementation == "xla":  # under a sanitizer, what XLA tries on a GPU crashes

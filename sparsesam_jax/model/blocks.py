@@ -107,7 +107,7 @@ class Block(nnx.Module):
         others = {"norm1": self.norm1, "qkv": self.attn.qkv, "proj": self.attn.proj}
         return bool(self.replaced_mlp or any(replaced(*item) for item in others.items()))
 
-    def _norm(self, name: str, x: Array, plan: BlockPlan) -> Array:
+    def _norm(self, name: str, x: Array, plan: BlockPlan) -> Any:
         layer = getattr(self, name)
         if problems := replaced(name, layer):
             return called(layer, x, problems, plan).astype(self.dtypes.compute)
@@ -204,6 +204,7 @@ class Attention(nnx.Module):
             "layout": plan.layout,
             "implementation": plan.implementation,
         }
+        out: Any
         if self.config.window_size is None:
             out = stripe_attention(qkv, sequence=sequence, block_order=block_order, **options)
         else:

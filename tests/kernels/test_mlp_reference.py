@@ -18,7 +18,7 @@ def numpy_block(x: np.ndarray, weights: MLPWeights) -> np.ndarray:
     """The block's equation in float64."""
     from scipy.special import erf  # pyright: ignore[reportMissingImports]
 
-    scale, bias, kernel1, bias1, kernel2, bias2 = (np.asarray(w, np.float64) for w in weights)
+    scale, bias, kernel1, bias1, kernel2, bias2 = (np.asarray(w, np.float64) for w in weights[:6])
     y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + bias
     hidden = y @ kernel1 + bias1
     return x + hidden * (1 + erf(hidden / np.sqrt(2))) / 2 @ kernel2 + bias2
