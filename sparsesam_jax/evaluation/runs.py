@@ -103,8 +103,9 @@ class RunOptions:
         text = json.dumps(settings, indent=1)
         if self.resume and path.exists():
             earlier = json.loads(path.read_text("utf-8"))
-            for name, value in json.loads(text).items():
-                if earlier.get(name) != value:
+            now = json.loads(text)
+            for name in earlier | now:
+                if (value := now.get(name)) != earlier.get(name):
                     raise ValueError(
                         f"resume needs the {name} of the run in {self.out}, "
                         f"got {_short(value)} instead of {_short(earlier.get(name))}"
