@@ -20,6 +20,7 @@ __all__ = [
     "Layout",
     "Padding",
     "Preset",
+    "Products",
     "PromptKind",
     "ProtocolName",
     "Ranking",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Products = Literal["dtype", "float8"]  # of the encoder's blocks: in the compute dtype, or in e4m3
 Format = Literal["native", "meta", "huggingface"]  # of a checkpoint
 
 # The fields of `config.Sparsity`, which says what they mean.

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from models import random_weights
 from PIL import Image
 
@@ -114,6 +116,19 @@ def test_points_are_one_prompt(capsys, tmp_path, tiny, photo, density):
     assert mask["area"] == masks[0].sum()
     assert mask["score"] == pytest.approx(float(scores[0]), rel=1e-6)
     assert report["seconds"].keys() == {"load", "encode", "predict"}
+
+
+def test_products_in_float8(capsys, tiny, photo):
+    box = ["--box", "5", "5", "50", "50", "--weights", tiny]
+    (mask,) = segment_json(capsys, photo, *box, "--products", "float8")["masks"]
+    predictor = SamPredictor(Sam.from_pretrained(tiny, products="float8"))
+    predictor.set_image(read_image(photo))
+    scores = predictor.predict(box=np.array([5, 5, 50, 50]), multimask_output=False)[1]
+    assert mask["score"] == pytest.approx(float(scores[0]), rel=1e-6)
+    (plain,) = segment_json(capsys, photo, *box)["masks"]
+    assert plain["score"] != mask["score"]
+    assert main(["segment", photo, *box, "--products", "int8"]) == 2
+    assert "'dtype', 'float8'" in capsys.readouterr().err
 
 
 def test_every_box_is_a_prompt_with_all_points(capsys, tmp_path, tiny, photo):
@@ -346,6 +361,17 @@ def test_info(capsys, tmp_path, tiny):
     count = sum(int(np.prod(spec.shape)) for spec in native.parameter_shapes(CONFIG).values())
     assert f"{count:,} in " in text
     assert "embed_dim 32, global_attn_indexes [1]" in text
+    encoders = [
+        Sam.abstract(CONFIG, dtype="bfloat16", param_dtype="bfloat16", products=products)
+        for products in ("dtype", "float8")
+    ]
+    sizes = [
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(sam.image_encoder)))
+        for sam in encoders
+    ]
+    scales = 4 * 2 * CONFIG.image_encoder.depth  # float32, two a block
+    mb = [f"{size / 1e6:.1f}" for size in (sizes[0], sizes[1] - scales)]
+    assert f"{mb[0]} MB in 16 bits, {mb[1]} MB with --products float8" in text
     assert "26 of 64 tokens in blocks 2; all in the others" in text
     assert "density 1\n  windowed   9 of 9 keys" in text
     assert Image.open(picture).width > 600

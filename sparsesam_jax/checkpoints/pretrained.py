@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from pallas_kernels.float8 import quantize_weight
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax.checkpoints import native
 from sparsesam_jax.checkpoints.conversion import cast, write_checkpoint
@@ -17,9 +19,11 @@ from sparsesam_jax.checkpoints.errors import few
 from sparsesam_jax.checkpoints.native import TensorSpec
 from sparsesam_jax.checkpoints.reading import Checkpoint, open_checkpoint
 from sparsesam_jax.checkpoints.sources import locate
-from sparsesam_jax.choices import Dtype, Format
+from sparsesam_jax.choices import Dtype, Format, Products
 from sparsesam_jax.config import SamConfig, Sparsity
 from sparsesam_jax.model.compiled import CompiledSam
+from sparsesam_jax.model.float8 import Float8Kernel, Float8Scale
+from sparsesam_jax.model.float8_scales import has_float8, set_bounds
 from sparsesam_jax.model.sam import Model, SamModel
 
 
@@ -37,6 +41,8 @@ class Sam(SamModel):
         residual_dtype: DTypeLike | None = None,
         implementation: Implementation = "auto",
         remat: bool = False,
+        products: Products = "dtype",
+        float8_layers: Sequence[str] | None = None,
         config: SamConfig | None = None,
         check_finite: bool = True,
     ) -> Self:
@@ -52,6 +58,9 @@ class Sam(SamModel):
             residual_dtype: As for `Sam`.
             implementation: As for `Sam`.
             remat: As for `Sam`.
+            products: As for `Sam`. The weights of layers in float8 are quantised as they are read,
+                from the checkpoint's own values, and not kept in any other dtype.
+            float8_layers: As for `Sam`.
             config: The model's shape, for a checkpoint whose tensors do not tell it.
             check_finite: Whether weights with a NaN or an infinity are an error.
 
@@ -69,8 +78,12 @@ class Sam(SamModel):
             residual_dtype=residual_dtype,
             implementation=implementation,
             remat=remat,
+            products=products,
+            float8_layers=float8_layers,
         )
-        return _filled(abstract, checkpoint, check_finite=check_finite)
+        model = _filled(abstract, checkpoint, check_finite=check_finite)
+        set_bounds(model.image_encoder.blocks)
+        return model
 
     @classmethod
     def decoder_from_pretrained(
@@ -127,11 +140,17 @@ class Sam(SamModel):
             dtype: Dtype of all tensors; None keeps those of the parameters.
 
         Raises:
-            ValueError: The model has other parameters than its configuration says, for instance
-                because layers were replaced, the format cannot have such a model, or `dtype` not
+            ValueError: The model is in float8, which has lost what a checkpoint holds, or has
+                other parameters than its configuration says, for instance because layers were
+                replaced, the format cannot have such a model, or `dtype` not
                 such values.
             OSError: A file cannot be written.
         """
+        if hasattr(self, "image_encoder") and has_float8(self.image_encoder.blocks):
+            raise ValueError(
+                'the model must have products="dtype" to be saved, got "float8", whose weights are '
+                "rounded; save the model it was made of, and load that with float8 again"
+            )
         leaves = {_name(key): leaf for key, leaf in nnx.to_flat_state(nnx.state(self))}
         found = {name: _spec(leaf.get_value()) for name, leaf in leaves.items()}
         shapes = native.parameter_shapes(self.config)
@@ -164,11 +183,16 @@ def _filled(abstract: Model, checkpoint: Checkpoint, *, check_finite: bool) -> M
     loaded, not_finite = [], []
     for key, leaf in nnx.to_flat_state(state):
         name = _name(key)
-        array = cast(checkpoint.load(name), leaf.dtype.name, name)
+        if isinstance(leaf, Float8Scale):  # derived from the others when all are there
+            loaded.append((key, leaf.replace(jnp.ones((), jnp.float32))))
+            continue
+        array, is_float8 = checkpoint.load(name), isinstance(leaf, Float8Kernel)
+        array = cast(array, "float32" if is_float8 else leaf.dtype.name, name)
         if check_finite and not np.isfinite(array).all():
             not_finite.append(name)
         # A copy: what a checkpoint loads may be a view of its file.
-        loaded.append((key, leaf.replace(jnp.array(array))))
+        value = quantize_weight(jnp.asarray(array)) if is_float8 else jnp.array(array)
+        loaded.append((key, leaf.replace(value)))
     if not_finite:
         raise ValueError(
             f"{checkpoint.path}: weights must be finite, got NaN or an infinity in "

@@ -11,6 +11,7 @@ from sparsesam_jax.choices import FigureKind, Preset
 from sparsesam_jax.cli.options import (
     BitsOption,
     MaxPixelsOption,
+    ProductsOption,
     ValueRangeOption,
     WeightsOption,
     check_positive,
@@ -69,6 +70,7 @@ def figures(
         typer.Option(metavar="R ...", help="[attention, orders 0.3; extreme 0.3 0.2 0.1 0.05]"),
     ] = None,
     limit: Annotated[int, typer.Option(help="Only the first N photos.")] = 3,
+    products: ProductsOption = "dtype",
     bits: BitsOption = None,
     value_range: ValueRangeOption = None,
     max_pixels: MaxPixelsOption = None,
@@ -97,5 +99,5 @@ def figures(
     from sparsesam_jax.checkpoints.pretrained import Sam
     from sparsesam_jax.evaluation.figures import draw
 
-    draw(kind, Sam.from_pretrained(weights), photos, out, densities)
+    draw(kind, Sam.from_pretrained(weights, products=products), photos, out, densities)
     typer.echo(f"wrote {out}")

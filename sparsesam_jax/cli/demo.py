@@ -14,6 +14,7 @@ from jaxtyping import Bool, UInt8
 from sparsesam_jax.cli.options import (
     DtypeOption,
     ImplementationOption,
+    ProductsOption,
     WeightsOption,
     check_implementation,
 )
@@ -36,6 +37,7 @@ def demo(
     weights: WeightsOption = "vit_t",
     implementation: ImplementationOption = "auto",
     dtype: DtypeOption = "float32",
+    products: ProductsOption = "dtype",
 ) -> None:
     """Segment a photo from a point and from a box, dense and sparse, and compare.
 
@@ -58,11 +60,15 @@ def demo(
     from sparsesam_jax.predict.overlay import draw_masks, side_by_side
 
     image = data.coffee()
-    dense = Sam.from_pretrained(weights, dtype=dtype, implementation=implementation)
+    dense = Sam.from_pretrained(
+        weights, dtype=dtype, implementation=implementation, products=products
+    )
     models = {"dense": dense, f"density {density:g}": dense.with_sparsity(sparsity)}
+    computed = [dtype] if products == "dtype" else [dtype, f"products in {products}"]
     typer.echo(
         f"coffee (scikit-image, CC0), {image.shape[1]} x {image.shape[0]} pixels; "
-        f"{weights} in {dtype} on {jax.devices()[0].device_kind}, jax {jax.__version__}"
+        f"{weights} in {', '.join(computed)} on {jax.devices()[0].device_kind}, "
+        f"jax {jax.__version__}"
     )
     typer.echo(f"{'image encoder':16}{'first call, compiles':>22}{'warm (median of 3)':>22}")
     results: list[_Result] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from sparsesam_jax.cli.options import DensitiesOption
 
 if TYPE_CHECKING:
     from pallas_kernels import BlockLayout
+    from sparsesam_jax.checkpoints.native import TensorSpec
     from sparsesam_jax.config import ImageEncoderConfig, Sparsity
 
 DENSITIES = [0.3, 0.4, 0.5]
@@ -52,6 +54,7 @@ def info(
     typer.echo(f"parameters     {count:,} in {len(tensors)} tensors")
     for title, values in (("image encoder", encoder), ("decoder", fields)):
         typer.echo(f"{title:15}" + ", ".join(f"{key} {value}" for key, value in values.items()))
+    typer.echo(f"encoder size   {_sizes_as_text(tensors)}")
     rows = []
     for sparsity in sparsities:
         layouts = _layouts(config.image_encoder, sparsity)
@@ -63,6 +66,16 @@ def info(
     if layout is not None:
         write_images({layout: draw_layouts(rows)})
         typer.echo(f"wrote {layout}")
+
+
+def _sizes_as_text(tensors: Mapping[str, TensorSpec]) -> str:
+    """Bytes of the image encoder's parameters in 16 bits and with products in float8."""
+    shapes = {n: spec.shape for n, spec in tensors.items() if n.startswith("image_encoder.")}
+    kernels = [s for n, s in shapes.items() if ".blocks." in n and n.endswith(".kernel")]
+    whole = 2 * sum(map(math.prod, shapes.values()))
+    # A byte a weight in the place of two, and a float32 scale an output channel.
+    smaller = whole + sum(4 * shape[1] - math.prod(shape) for shape in kernels)
+    return f"{whole / 1e6:.1f} MB in 16 bits, {smaller / 1e6:.1f} MB with --products float8"
 
 
 def _layouts(config: ImageEncoderConfig, sparsity: Sparsity) -> dict[str, BlockLayout]:

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from sparsesam_jax import methods
-from sparsesam_jax.choices import Dtype, Implementation, Padding
+from sparsesam_jax.choices import Dtype, Implementation, Padding, Products
 
 # Options that take any number of values, `--density 1 0.5`, as long as they are of that type.
 _LISTS = {"--density": float, "--label": int, "--method": str}
@@ -37,6 +37,9 @@ DtypeOption = Annotated[
 ]
 ImplementationOption = Annotated[
     Implementation, typer.Option(help="xla, the GPU kernels, or auto: those where they run.")
+]
+ProductsOption = Annotated[
+    Products, typer.Option(help="What the encoder's blocks multiply in: dtype, or 8-bit floats.")
 ]
 PaddingOption = Annotated[
     Padding, typer.Option(help="crop leaves out what of the padded square would be padding alone.")

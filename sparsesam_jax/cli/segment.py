@@ -19,6 +19,7 @@ from sparsesam_jax.cli.options import (
     ImplementationOption,
     MaxPixelsOption,
     PaddingOption,
+    ProductsOption,
     ValueRangeOption,
     WeightsOption,
     check_implementation,
@@ -60,6 +61,7 @@ def segment(
     ] = None,
     implementation: ImplementationOption = "auto",
     dtype: DtypeOption = "float32",
+    products: ProductsOption = "dtype",
     padding: PaddingOption = "square",
     multimask: Annotated[
         bool, typer.Option("--multimask", help="The proposals for an ambiguous prompt, not one.")
@@ -121,7 +123,9 @@ def segment(
     from sparsesam_jax.predict.predictor import SamPredictor
 
     clock = _Clock()
-    sam = Sam.from_pretrained(weights, dtype=dtype, implementation=implementation)
+    sam = Sam.from_pretrained(
+        weights, dtype=dtype, implementation=implementation, products=products
+    )
     predictors = {
         value: SamPredictor(
             sam if sparsity is None else sam.with_sparsity(sparsity), padding=padding

@@ -166,6 +166,7 @@ def calibrate(
 
     Raises:
         ValueError: There is no image, or the sparsity does not fit the model.
+        NotImplementedError: The model is in float8, which has no gradient.
     """
     config = sam.config.image_encoder
     check_sparsity(sparsity, config)

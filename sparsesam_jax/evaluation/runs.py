@@ -16,7 +16,7 @@ from sparsesam_jax import methods
 from sparsesam_jax.checkpoints.atomic import atomic_path
 from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.checkpoints.sources import locate, size_in_bytes
-from sparsesam_jax.choices import Dtype, Implementation, Padding
+from sparsesam_jax.choices import Dtype, Implementation, Padding, Products
 from sparsesam_jax.evaluation.candidates import Candidate
 from sparsesam_jax.predict.image_files import DEFAULT_READER, PhotoReader
 
@@ -31,6 +31,7 @@ class RunOptions:
         weights: Name or path of the weights.
         dtype: What is computed in; None is float32, or what the protocol has.
         implementation: As for `Sam`.
+        products: As for `Sam`.
         padding: As for `SamPredictor`.
         resume: Whether to continue what `out` holds.
         reader: How photos are read.
@@ -41,6 +42,7 @@ class RunOptions:
     weights: str = "vit_t"
     dtype: Dtype | None = None
     implementation: Implementation = "auto"
+    products: Products = "dtype"
     padding: Padding = "square"
     resume: bool = False
     reader: PhotoReader = DEFAULT_READER
@@ -65,7 +67,10 @@ class RunOptions:
             ValueError: As `Sam.from_pretrained`.
         """
         return Sam.from_pretrained(
-            self.weights, dtype=self.compute_dtype, implementation=self.implementation
+            self.weights,
+            dtype=self.compute_dtype,
+            implementation=self.implementation,
+            products=self.products,
         )
 
     def settle(self, images: Sequence[Any], own: Mapping[str, Any]) -> None:
@@ -85,6 +90,7 @@ class RunOptions:
             "implementation": self.implementation,
             # Runs of before there was a choice have no such entry.
             **({} if self.padding == "square" else {"padding": self.padding}),
+            **({} if self.products == "dtype" else {"products": self.products}),
             **own,
             "sparsities": {
                 candidate.method: dataclasses.asdict(candidate.sparsity)
@@ -97,8 +103,9 @@ class RunOptions:
         text = json.dumps(settings, indent=1)
         if self.resume and path.exists():
             earlier = json.loads(path.read_text("utf-8"))
-            for name, value in json.loads(text).items():
-                if earlier.get(name) != value:
+            now = json.loads(text)
+            for name in earlier | now:
+                if (value := now.get(name)) != earlier.get(name):
                     raise ValueError(
                         f"resume needs the {name} of the run in {self.out}, "
                         f"got {_short(value)} instead of {_short(earlier.get(name))}"

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import reference
 from sparsesam_jax.config import ImageEncoderConfig
 from sparsesam_jax.methods.base import BlockMethod
+from sparsesam_jax.model import float8
 from sparsesam_jax.model.blocks import Block, relative_table
 from sparsesam_jax.model.image_encoder import ImageEncoder
 from sparsesam_jax.model.layers import add
@@ -192,8 +193,8 @@ def block_sequences(
     """
     attn = block.attn
     assert attn.qkv.bias is not None
-    kernel, bias = (p[...].astype(x.dtype) for p in (attn.qkv.kernel, attn.qkv.bias))
-    qkv = product("byxc,cd->byxd", x, kernel).astype(x.dtype)
+    bias = attn.qkv.bias[...].astype(x.dtype)
+    qkv = float8.product(attn.qkv, x, jnp.zeros_like(bias), implementation="xla")
     qkv = qkv.reshape(*x.shape[:3], 3, num_heads, -1)
     bias = bias.reshape(3, num_heads, -1)
     q, k, v = qkv[..., 0, :, :] + bias[0], qkv[..., 1, :, :], qkv[..., 2, :, :]

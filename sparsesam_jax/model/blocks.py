@@ -12,15 +12,22 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.float8 import Float8Rows
 from pallas_kernels.implementation import resolve
 from pallas_kernels.layer_norm import layer_norm
 from pallas_kernels.mlp_weights import MLPWeights
-from pallas_kernels.projection import projection
 from pallas_kernels.routed_mlp import mlp, routed_mlp
 from pallas_kernels.stripe_attention import stripe_attention
 from pallas_kernels.window_attention import window_attention
 from pallas_kernels.window_kernel import REL
 from sparsesam_jax.config import BlockConfig, Grid
+from sparsesam_jax.model.float8 import (
+    Float8Linear,
+    kernel_of,
+    product,
+    static_scale,
+    without_gradient,
+)
 from sparsesam_jax.model.layers import DTypes, MLPBlock, add, gelu, linear, norm, zeros
 from sparsesam_jax.model.program import Graph, Program
 from sparsesam_jax.sparsity.plan import BlockPlan, Rankings
@@ -78,17 +85,23 @@ class Block(nnx.Module):
             The residual stream, and the rankings with those that this block made.
         """
         tables = tables or self.attn.tables(plan.grid, plan.frame)  # once, for both uses
-        normed = self._norm("norm1", x, plan)
-        attended, rankings = self.attn.attend(normed, x, plan, rankings, tables)
+        normed = self._norm("norm1", x, plan, self.attn.qkv)
+        attended, rankings = self.attn.attend(
+            normed, x, plan, rankings, tables, out_scale=static_scale(self.attn.proj)
+        )
         x = self.attn.project(attended, plan, tables, residual=x)
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         routed = plan.routed_tokens(rankings)
         if self.replaced_mlp:
             tokens = self._replaced_mlp(tokens, routed, plan)
-        elif routed is None:
-            tokens = mlp(tokens, self._mlp_weights(), **_options(plan))
         else:
-            tokens = routed_mlp(tokens, routed, self._mlp_weights(), **_options(plan))
+            weights = self._mlp_weights()
+            if Float8Linear in (type(self.mlp.lin1), type(self.mlp.lin2)):
+                tokens, weights = without_gradient((tokens, weights))
+            if routed is None:
+                tokens = mlp(tokens, weights, **_options(plan))
+            else:
+                tokens = routed_mlp(tokens, routed, weights, **_options(plan))
         return tokens.reshape(x.shape), rankings
 
     @property
@@ -107,21 +120,30 @@ class Block(nnx.Module):
         others = {"norm1": self.norm1, "qkv": self.attn.qkv, "proj": self.attn.proj}
         return bool(self.replaced_mlp or any(replaced(*item) for item in others.items()))
 
-    def _norm(self, name: str, x: Array, plan: BlockPlan) -> Any:
-        layer = getattr(self, name)
+    def _norm(
+        self, name: str, x: Array, plan: BlockPlan, reader: nnx.Module | None = None
+    ) -> Array | Float8Rows:
+        """A LayerNorm's output in the compute dtype, or in e4m3 if it has one reader and that can.
+
+        The quantisation is then no pass of its own.
+        """
+        layer, dtype = getattr(self, name), self.dtypes.compute
         if problems := replaced(name, layer):
-            return called(layer, x, problems, plan).astype(self.dtypes.compute)
-        dtype = self.dtypes.compute
-        return layer_norm(
-            x, *_arrays(dtype, layer.scale, layer.bias), dtype=dtype, **_options(plan)
-        )
+            return called(layer, x, problems, plan).astype(dtype)
+        arrays = _arrays(dtype, layer.scale, layer.bias)
+        if type(reader) is not Float8Linear:
+            return layer_norm(x, *arrays, dtype=dtype, **_options(plan))
+        x, arrays = without_gradient((x, arrays))
+        return layer_norm(x, *arrays, dtype=jnp.float8_e4m3fn, **_options(plan))
 
     def _replaced_mlp(self, tokens: Array, routed: Array | None, plan: BlockPlan) -> Array:
         """The MLP whose layers a user replaced: they are called, in plain XLA."""
         resolve(plan.implementation, function="the MLP", problems=self.replaced_mlp)
 
         def update(x: Array) -> Array:
-            return self.mlp(self._norm("norm2", x, plan)).astype(x.dtype)
+            normed = self._norm("norm2", x, plan)
+            assert not isinstance(normed, Float8Rows), "layers that are called quantise themselves"
+            return self.mlp(normed).astype(x.dtype)
 
         if routed is None:
             return add(tokens, update(tokens))
@@ -130,9 +152,16 @@ class Block(nnx.Module):
         return tokens.at[image, routed].add(chosen, unique_indices=True)
 
     def _mlp_weights(self) -> MLPWeights:
-        norm2, lin1, lin2 = self.norm2, self.mlp.lin1, self.mlp.lin2
-        params = (norm2.scale, norm2.bias, lin1.kernel, lin1.bias, lin2.kernel, lin2.bias)
-        return MLPWeights(*_arrays(self.dtypes.compute, *params))
+        norm2, lin1, lin2, dtype = self.norm2, self.mlp.lin1, self.mlp.lin2, self.dtypes.compute
+        norm_scale, norm_bias, bias1, bias2 = _arrays(
+            dtype, norm2.scale, norm2.bias, lin1.bias, lin2.bias
+        )
+        kernel1, kernel2 = (
+            layer.weight if isinstance(layer, Float8Linear) else kernel_of(layer, dtype)
+            for layer in (lin1, lin2)
+        )
+        scale = static_scale(lin2)
+        return MLPWeights(norm_scale, norm_bias, kernel1, bias1, kernel2, bias2, scale)
 
 
 class Attention(nnx.Module):
@@ -170,31 +199,33 @@ class Attention(nnx.Module):
 
     def attend(
         self,
-        x: Float[Array, "B Gh Gw d"],
+        x: Float[Array, "B Gh Gw d"] | Float8Rows,
         block_input: Float[Array, "B Gh Gw d"],
         plan: BlockPlan,
         rankings: Rankings,
         tables: AttentionTables | None = None,
-    ) -> tuple[Float[Array, "B Gh Gw d"], Rankings]:
+        out_scale: Float[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B Gh Gw d"] | Float8Rows, Rankings]:
         """Attend over the grid or in windows, without the value bias and the projection.
 
         Args:
-            x: The tokens after LayerNorm.
+            x: The tokens after LayerNorm, quantised only where `qkv` is in float8.
             block_input: The tokens before it, which a ranking may look at.
             plan: Layout and options of this block.
             rankings: What the blocks before have ranked.
             tables: What `tables` returned for this grid; None makes them.
+            out_scale: Of an output in e4m3; None leaves it in the compute dtype.
         """
-        batch, height, width, d = x.shape
+        shape, d = block_input.shape, self.config.embed_dim
         tables = tables or self.tables(plan.grid, plan.frame)
-        bias = self._qkv_bias(x.dtype)
+        bias = self._qkv_bias(self.dtypes.compute)
         if tables.qkv_bias is None:
+            assert not isinstance(x, Float8Rows), "what is called here is no layer in float8"
             qkv = called(self.qkv, x, replaced("qkv", self.qkv), plan).astype(x.dtype)
             qkv = qkv - jnp.where(np.arange(3 * d) < d, 0, bias)
         else:
-            kernel = self.qkv.kernel[...].astype(x.dtype)
-            qkv = projection(x, kernel, tables.qkv_bias, implementation=plan.implementation)
-        qkv = qkv.reshape(batch, height, width, 3, self.config.num_heads, -1)
+            qkv = product(self.qkv, x, tables.qkv_bias, implementation=plan.implementation)
+        qkv = qkv.reshape(*shape[:3], 3, self.config.num_heads, -1)
         key_bias = bias[d : 2 * d].reshape(self.config.num_heads, -1)
         rankings = plan.rank(rankings, qkv[:, :, :, 1], key_bias, block_input)
         sequence, block_order = plan.attention_order(rankings)
@@ -203,18 +234,20 @@ class Attention(nnx.Module):
             "rel_pos_w": tables.rel_pos_w,
             "layout": plan.layout,
             "implementation": plan.implementation,
+            "out_scale": out_scale,
         }
-        out: Any
         if self.config.window_size is None:
             out = stripe_attention(qkv, sequence=sequence, block_order=block_order, **options)
         else:
             window = self.config.window_size
             out = window_attention(qkv, window_size=window, order=sequence, **options)
-        return out.reshape(x.shape), rankings
+        if isinstance(out, Float8Rows):
+            return out._replace(values=out.values.reshape(shape)), rankings
+        return out.reshape(shape), rankings
 
     def project(
         self,
-        attended: Float[Array, "B Gh Gw d"],
+        attended: Float[Array, "B Gh Gw d"] | Float8Rows,
         plan: BlockPlan,
         tables: AttentionTables | None = None,
         residual: Float[Array, "B Gh Gw d"] | None = None,
@@ -222,12 +255,12 @@ class Attention(nnx.Module):
         """The output projection of what `attend` returned, added to `residual` if there is one."""
         tables = tables or self.tables(plan.grid, plan.frame)
         if tables.proj_bias is None:
+            assert not isinstance(attended, Float8Rows), "what is called is no layer in float8"
             value_bias = self._qkv_bias(attended.dtype)[2 * attended.shape[-1] :]
             out = called(self.proj, attended + value_bias, replaced("proj", self.proj), plan)
             return out.astype(attended.dtype) if residual is None else add(residual, out)
-        kernel = self.proj.kernel[...].astype(attended.dtype)
         options: Any = {"residual": residual, "implementation": plan.implementation}
-        return projection(attended, kernel, tables.proj_bias, **options)
+        return product(self.proj, attended, tables.proj_bias, **options)
 
     def tables(self, grid: Grid, frame: Grid) -> AttentionTables:
         """What `ImageEncoder.tables` holds for this block."""
@@ -248,7 +281,7 @@ class Attention(nnx.Module):
             return None
         dtype, d = self.dtypes.compute, self.config.embed_dim
         assert self.proj.bias is not None
-        kernel, bias = (p[...].astype(dtype) for p in (self.proj.kernel, self.proj.bias))
+        kernel, bias = kernel_of(self.proj, dtype), self.proj.bias[...].astype(dtype)
         value_bias = self._qkv_bias(dtype)[2 * d :]
         options = {"precision": self.dtypes.precision, "preferred_element_type": jnp.float32}
         return bias + jnp.matmul(value_bias, kernel, **options)
@@ -282,9 +315,9 @@ def replaced(name: str, layer: Any) -> list[str]:
 
     A subclass may compute anything, as may a `dot_general` of one's own.
     """
-    expected = nnx.LayerNorm if name.startswith("norm") else nnx.Linear
-    if type(layer) is not expected:
-        what = f"nnx.{expected.__name__}"
+    expected = (nnx.LayerNorm,) if name.startswith("norm") else (nnx.Linear, Float8Linear)
+    if type(layer) not in expected:
+        what = f"nnx.{expected[0].__name__}"
         return [f"{name} must be a plain {what} for the kernel, got {type(layer).__name__}"]
     if layer.bias is None:
         return [f"{name} must have a bias for the kernel, got none"]

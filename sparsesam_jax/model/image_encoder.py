@@ -11,8 +11,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.reference import matmul_precision
+from sparsesam_jax.choices import Products, check_choice
 from sparsesam_jax.config import Grid, ImageEncoderConfig, Sparsity
 from sparsesam_jax.model.blocks import LAYER_NORM_EPSILON, AttentionTables, Block, run_block
+from sparsesam_jax.model.float8_scales import has_float8, quantise_blocks
 from sparsesam_jax.model.layers import FLOAT32, DTypes, conv, norm, zeros
 from sparsesam_jax.sparsity.plan import Rankings, check_sparsity, encoder_plan
 
@@ -31,11 +33,14 @@ class ImageEncoder(nnx.Module):
         dtypes: Of computation, parameters and the residual stream.
         implementation: `"xla"`, `"mosaic_gpu"` or `"auto"`, see `pallas_kernels.implementation`.
         remat: Whether a gradient computes each block again instead of keeping what is inside.
+        products: `"dtype"`, the compute dtype, or `"float8"`, see `model.float8`.
+        float8_layers: Which layers are in float8, see `float8.chosen_layers`; None is all.
         rngs: Source of the initial parameters.
 
     Raises:
         ValueError: The sparsity has per-block densities for another depth, or routes an MLP
-            before the first global block has ranked the tokens.
+            before the first global block has ranked the tokens; or `products` or `float8_layers`
+            is none of its choices.
     """
 
     def __init__(
@@ -46,6 +51,8 @@ class ImageEncoder(nnx.Module):
         dtypes: DTypes = FLOAT32,
         implementation: Implementation = "auto",
         remat: bool = False,
+        products: Products = "dtype",
+        float8_layers: Sequence[str] | None = None,
         rngs: nnx.Rngs,
     ):
         d, grid = config.embed_dim, config.grid_size
@@ -72,6 +79,28 @@ class ImageEncoder(nnx.Module):
             ]
         )
         self.set_sparsity(sparsity)
+        check_choice("products", products, Products)
+        if products == "float8":
+            self.quantise(float8_layers)
+        elif float8_layers is not None:
+            raise ValueError(f'float8_layers needs products="float8", got {products!r}')
+
+    def quantise(self, float8_layers: Sequence[str] | None = None) -> None:
+        """Put the blocks' linear layers, as they are now, into float8; there is no way back.
+
+        Args:
+            float8_layers: As for the encoder.
+
+        Raises:
+            ValueError: The patterns choose no layer, or one of a block with layers that are not
+                SAM's own any more.
+        """
+        quantise_blocks(self.blocks, float8_layers)
+
+    @property
+    def products(self) -> Products:
+        """`"float8"` where any layer of the blocks is."""
+        return "float8" if has_float8(self.blocks) else "dtype"
 
     def set_sparsity(self, sparsity: Sparsity | None) -> None:
         """Change what is kept; the parameters stay. None is the dense encoder."""

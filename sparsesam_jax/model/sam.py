@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels.implementation import Implementation
-from sparsesam_jax.choices import Padding, check_choice
+from sparsesam_jax.choices import Padding, Products, check_choice
 from sparsesam_jax.config import Grid, SamConfig, Sparsity
 from sparsesam_jax.model.blocks import AttentionTables
 from sparsesam_jax.model.image_encoder import ImageEncoder
@@ -72,6 +72,10 @@ class SamModel(nnx.Module):
         implementation: `"xla"`, `"mosaic_gpu"` or `"auto"`, see `pallas_kernels.implementation`.
         remat: Whether a gradient computes each block of the image encoder again instead of keeping
             what is inside of it.
+        products: In what the image encoder's blocks multiply: `"dtype"`, the compute dtype, or
+            `"float8"`, which has no gradient, see `model.float8`.
+        float8_layers: Patterns of the layers in float8, `("*", "!0.*", "!*.lin2")` for all but
+            those of the first block and the second of every MLP; None is all.
         rngs: Source of the initial parameters.
     """
 
@@ -85,6 +89,8 @@ class SamModel(nnx.Module):
         residual_dtype: DTypeLike | None = None,
         implementation: Implementation = "auto",
         remat: bool = False,
+        products: Products = "dtype",
+        float8_layers: Sequence[str] | None = None,
         rngs: nnx.Rngs,
     ):
         param = jnp.float32 if param_dtype is None else param_dtype
@@ -96,6 +102,8 @@ class SamModel(nnx.Module):
             dtypes=dtypes,
             implementation=implementation,
             remat=remat,
+            products=products,
+            float8_layers=float8_layers,
             rngs=rngs,
         )
         self.prompt_encoder = PromptEncoder(config, dtypes=dtypes, rngs=rngs)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sparsesam_jax.checkpoints import native
+from sparsesam_jax.choices import Products
 from sparsesam_jax.config import Grid, SamConfig
 from sparsesam_jax.model.sam import ImageEmbedding
 from sparsesam_jax.predict.prompt_arrays import ImageSizes
@@ -30,7 +31,8 @@ class Embedding:
         features: The image encoder's output, [B, Gh, Gw, C].
         early_features: Output of the first global block, [B, Gh, Gw, d]; SAM-HQ only, else None.
         sizes: Each image's size as it came and as it lies in the padded input.
-        fingerprint: Of the decoder that these features are for, see `fingerprint`.
+        fingerprint: Of the decoder that these features are for, and of how the encoder multiplied,
+            see `fingerprint`.
         frame: Rows and columns of the padded square's features, of which these are the top left
             part; None where they are all of it.
     """
@@ -52,6 +54,11 @@ class Embedding:
     def arrays(self) -> ImageEmbedding:
         """The features as the decoder takes them."""
         return ImageEmbedding(self.features, self.early_features)  # pyright: ignore
+
+    def is_for(self, fingerprint: str) -> bool:
+        """Whether the predictor's decoder takes these features, by encoders of either kind."""
+        own, other = (text.partition("-")[0] for text in (self.fingerprint, fingerprint))
+        return own == other
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the embedding as a safetensors file, whole or not at all; a file is replaced.
@@ -100,14 +107,18 @@ class Embedding:
         return cls(features, early, tuple(sizes), fingerprint, frame)
 
 
-def fingerprint(config: SamConfig, decoder_leaves: Sequence[Array]) -> str:
+def fingerprint(
+    config: SamConfig, decoder_leaves: Sequence[Array], products: Products = "dtype"
+) -> str:
     """A text that tells decoders apart: of the configuration and of the decoder's parameters.
 
     The encoder's parameters are not in it, so that it can be had without them, and so that
-    features at any density fit. Parameters count as bfloat16, so that a model fits itself in
-    float32 and in bfloat16; float16 parameters fit only those in float16.
+    features at any density fit. Where the encoder multiplies in float8, `-float8` stands behind it,
+    so that such features are told apart from others; a decoder takes both. Parameters count as
+    bfloat16, so that a model fits itself in float32 and in bfloat16; float16 parameters fit only
+    those in float16.
     """
     digest = hashlib.sha256(config.to_json().encode())
     for leaf in jax.device_get(list(decoder_leaves)):
         digest.update(np.asarray(leaf).astype(ml_dtypes.bfloat16).tobytes())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()[:32] + ("" if products == "dtype" else f"-{products}")

@@ -117,7 +117,10 @@ class SamPredictor:
     def fingerprint(self) -> str:
         """Of the prompt encoder and the mask decoder, see `predict.embedding.fingerprint`."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.compiled.config, self.compiled.decoder_leaves)
+            encoder = getattr(self.sam, "image_encoder", None)
+            products = "dtype" if encoder is None else encoder.products
+            arguments = (self.compiled.config, self.compiled.decoder_leaves, products)
+            self._fingerprint = fingerprint(*arguments)
         return self._fingerprint
 
     @property
@@ -132,7 +135,7 @@ class SamPredictor:
 
     @embedding.setter
     def embedding(self, embedding: Embedding) -> None:
-        if embedding.fingerprint != self.fingerprint:
+        if not embedding.is_for(self.fingerprint):
             raise ValueError(
                 f"embedding must be for this predictor's decoder ({self.fingerprint}), "
                 f"got one for {embedding.fingerprint}"

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax.checkpoints.pretrained import Sam as CheckpointSam
+from sparsesam_jax.choices import Products
 from sparsesam_jax.config import PRESETS, Sparsity
 from sparsesam_jax.segment_anything.sam import Sam
 
@@ -21,6 +22,7 @@ def build_sam_vit_h(
     sparsity: Sparsity | None = None,
     dtype: DTypeLike = jnp.float32,
     implementation: Implementation = "auto",
+    products: Products = "dtype",
 ) -> Sam:
     """SAM with the image encoder ViT-H.
 
@@ -30,11 +32,12 @@ def build_sam_vit_h(
         sparsity: What the image encoder keeps; None is dense, SAM exactly.
         dtype: Compute dtype.
         implementation: `"xla"`, `"mosaic_gpu"` or `"auto"`, see `pallas_kernels.implementation`.
+        products: What the image encoder's blocks multiply in: `"dtype"` or `"float8"`.
 
     Raises:
         ValueError: There is no checkpoint, or it is of another model.
     """
-    return _build("vit_h", checkpoint, sparsity, dtype, implementation)
+    return _build("vit_h", checkpoint, sparsity, dtype, implementation, products)
 
 
 def build_sam_vit_l(
@@ -43,9 +46,10 @@ def build_sam_vit_l(
     sparsity: Sparsity | None = None,
     dtype: DTypeLike = jnp.float32,
     implementation: Implementation = "auto",
+    products: Products = "dtype",
 ) -> Sam:
     """SAM with the image encoder ViT-L; arguments as `build_sam_vit_h`."""
-    return _build("vit_l", checkpoint, sparsity, dtype, implementation)
+    return _build("vit_l", checkpoint, sparsity, dtype, implementation, products)
 
 
 def build_sam_vit_b(
@@ -54,9 +58,10 @@ def build_sam_vit_b(
     sparsity: Sparsity | None = None,
     dtype: DTypeLike = jnp.float32,
     implementation: Implementation = "auto",
+    products: Products = "dtype",
 ) -> Sam:
     """SAM with the image encoder ViT-B; arguments as `build_sam_vit_h`."""
-    return _build("vit_b", checkpoint, sparsity, dtype, implementation)
+    return _build("vit_b", checkpoint, sparsity, dtype, implementation, products)
 
 
 def build_sam_vit_t(
@@ -65,9 +70,10 @@ def build_sam_vit_t(
     sparsity: Sparsity | None = None,
     dtype: DTypeLike = jnp.float32,
     implementation: Implementation = "auto",
+    products: Products = "dtype",
 ) -> Sam:
     """This project's small model; arguments as `build_sam_vit_h`, its own weights by default."""
-    return _build("vit_t", checkpoint or "vit_t", sparsity, dtype, implementation)
+    return _build("vit_t", checkpoint or "vit_t", sparsity, dtype, implementation, products)
 
 
 build_sam = build_sam_vit_h
@@ -87,11 +93,16 @@ def _build(
     sparsity: Sparsity | None,
     dtype: DTypeLike,
     implementation: Implementation,
+    products: Products,
 ) -> Sam:
     if checkpoint is None:
         raise ValueError(f"checkpoint must be given for {name}, got None")
     sam = CheckpointSam.from_pretrained(
-        checkpoint, sparsity=sparsity, dtype=dtype, implementation=implementation
+        checkpoint,
+        sparsity=sparsity,
+        dtype=dtype,
+        implementation=implementation,
+        products=products,
     )
     if dataclasses.replace(sam.config, hq=False) != PRESETS[name]:
         kinds = [kind for kind, config in PRESETS.items() if config == sam.config]

@@ -14,7 +14,9 @@ from sparsesam_jax import Sam, SamPredictor, Sparsity
 from sparsesam_jax.checkpoints import native
 from sparsesam_jax.cli.app import main
 from sparsesam_jax.evaluation import runner
+from sparsesam_jax.evaluation.datasets import folder_pairs, read_photo
 from sparsesam_jax.evaluation.metrics import boundary_iou, iou
+from sparsesam_jax.evaluation.protocols import make_protocol
 from sparsesam_jax.evaluation.rows import RowFile
 from sparsesam_jax.evaluation.sparsity_file import read_sparsity, write_sparsity
 from sparsesam_jax.sparsity.work import encoder_work
@@ -58,6 +60,24 @@ def summaries(photos: Path) -> list[dict]:
 
 def without_speed(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+def test_products_are_an_option_and_part_of_a_run(photos: Path, weights: str, capsys) -> None:
+    assert evaluate(photos, weights, "--density", "1", "--products", "float8") == 0
+    assert json.loads((photos / "out" / "run.json").read_text())["products"] == "float8"
+    (pair, *_) = folder_pairs(photos / "images", photos / "masks")
+    photo = read_photo(pair)
+    query = make_protocol("sam", SMALL.image_encoder.image_size).query(photo, "box")
+    masks = []
+    for products in ("dtype", "float8"):
+        predictor = SamPredictor(Sam.from_pretrained(weights, products=products))
+        predictor.set_image(query.image)
+        masks.append(predictor.predict(**query.prompt.arguments, multimask_output=False)[0][0])
+    row = next(iter(RowFile(photos / "out" / "rows.csv", resume=True).found.values()))
+    assert row.iou == pytest.approx(iou(masks[1], photo.mask), abs=1e-6)
+    assert (masks[0] != masks[1]).any()
+    assert evaluate(photos, weights, "--density", "1", "--resume") == 2
+    assert "resume needs the products of the run" in capsys.readouterr().err
 
 
 def test_numbers_are_the_predictors(photos: Path, weights: str, capsys) -> None:
