@@ -21,6 +21,7 @@ from skimage import data  # noqa: E402
 from sparsesam_jax import Sam as OurSam  # noqa: E402
 from sparsesam_jax import SamPredictor  # noqa: E402
 from sparsesam_jax.checkpoints.sources import locate  # noqa: E402
+from sparsesam_jax.model.transforms import mask_box  # noqa: E402
 from sparsesam_jax.predict import automatic_masks  # noqa: E402
 from sparsesam_jax.predict import predictor as predictor_module  # noqa: E402
 from sparsesam_jax.predict.automatic_masks import AutomaticMaskGenerator  # noqa: E402
@@ -101,17 +102,18 @@ def check_records(mine: list[dict], metas: list[dict]) -> None:
         },
         {"min_mask_region_area": 60},
         {"points_per_side": None, "point_grids": [np.array([[0.2, 0.3], [0.9, 0.5]])]},
-        {"points_per_batch": 4},
+        {"points_per_batch": 2},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
 @pytest.mark.parametrize("size", [(90, 120), (150, 70)], ids=str)
 def test_records_are_metas(models, cv2, options: dict, size: tuple[int, int], monkeypatch):
     monkeypatch.setattr(predictor_module, "PROMPTS_ON_CPU", 4)  # a chunk that is not full
-    image = photo(*size)
-    mine = SamAutomaticMaskGenerator(models[0], **LOOSE | options).generate(image)
-    metas = import_meta().SamAutomaticMaskGenerator(models[1], **LOOSE | options).generate(image)
-    check_records(mine, metas)
+    image, options = photo(*size), {"points_per_batch": 4} | LOOSE | options
+    metas = import_meta().SamAutomaticMaskGenerator(models[1], **options).generate(image)
+    check_records(SamAutomaticMaskGenerator(models[0], **options).generate(image), metas)
+    on_device = SamPredictor(models[0].sam, transforms="device")
+    check_records(AutomaticMaskGenerator(on_device, **options).generate(image), metas)
 
 
 def test_a_trained_model_on_a_photo(tmp_path):
@@ -193,4 +195,4 @@ def test_parts_are_metas(cv2):
             np.testing.assert_array_equal(got[0], want[0])
             assert got[1] == want[1]
         box = amg.batched_mask_to_box(torch.tensor(mask)[None])[0].tolist()
-        assert list(automatic_masks.mask_box(mask)) == box
+        assert list(mask_box(mask)) == box
