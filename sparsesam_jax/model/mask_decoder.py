@@ -397,9 +397,9 @@ def _products(
     return found.reshape(batch, masks, *upscaled.shape[1:-1])
 
 
-def _raster(upscaled: Float[Array, "B N 2 2 2 2 c"], grid: Grid) -> Float[Array, "B height width c"]:
+def _raster(x: Float[Array, "B N 2 2 2 2 c"], grid: Grid) -> Float[Array, "B height width c"]:
     """Squares of pixels, of squares of pixels, put in their places."""
-    batch, channels = len(upscaled), upscaled.shape[-1]
-    x = upscaled.reshape(batch, *grid, 2, 2, 2, 2, channels)
+    batch, channels = len(x), x.shape[-1]
+    x = x.reshape(batch, *grid, 2, 2, 2, 2, channels)
     x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
     return x.reshape(batch, 4 * grid[0], 4 * grid[1], channels)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sparsesam_jax.model.sam import SamModel
 from sparsesam_jax.model.transforms import MaskMeasures, mask_box
+from sparsesam_jax.predict.finite import check_finite
 from sparsesam_jax.predict.mask_formats import packed_run_lengths, rle_text, run_lengths
 from sparsesam_jax.predict.mask_pool import DevicePool, HostPool
 from sparsesam_jax.predict.predictor import SamPredictor, check_image
@@ -142,7 +143,7 @@ class AutomaticMaskGenerator:
             from a device are read-only.
 
         Raises:
-            ValueError: The image is no uint8 [height, width, 3] array.
+            ValueError: The image is no uint8 [height, width, 3] array, or scores are not finite.
         """
         return self.generate_batch([check_image(image)])[0]
 
@@ -239,6 +240,7 @@ class AutomaticMaskGenerator:
     def _measured(self, call: _Call) -> tuple[_Call, np.ndarray, np.ndarray, _Measures]:
         """A call, its predicted IoU, which masks have a high one, and what they measure."""
         iou = np.asarray(call.iou)[0, : len(call.points)]
+        check_finite(self.predictor.sam, iou)
         which = np.arange(iou.size)
         if self.pred_iou_thresh > 0:
             which = which[iou.reshape(-1) > self.pred_iou_thresh]
