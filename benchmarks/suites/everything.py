@@ -55,7 +55,7 @@ def _measure(
     arrays = shapes.random_weights(config)
     decoder = native.read(locate("vit_t"))[1]
     own = {name: x for name, x in decoder.items() if not name.startswith("image_encoder")}
-    native.write(weights, config, arrays | {name: np.float32(x) for name, x in own.items()})
+    native.write(weights, config, arrays | {name: x.astype(np.float32) for name, x in own.items()})
     height, width = shapes.photo_size(config)
     image = np.asarray(Image.fromarray(data.coffee()).resize((width, height)))
     sam = Sam.from_pretrained(weights, dtype=dtype, param_dtype=dtype)
@@ -211,7 +211,7 @@ def _transformers(folder: Path, dtype: str, image: np.ndarray, options: Any) -> 
             torch_models.start_peak(device)
             found: list[Any] = []
             times = [time_ms(lambda: found.append(made(photo, **chosen))) for _ in range(2)]
-    except (RuntimeError, TypeError) as error:
+    except (ImportError, RuntimeError, TypeError) as error:
         return record | {"median_ms": None, "not_run": " ".join(str(error).split())[:200]}
     masks = len(found[-1]["masks"])
     return record | Spread.of(times)._asdict() | torch_models.memory(device) | {"masks": masks}

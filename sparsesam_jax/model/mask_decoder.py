@@ -106,7 +106,7 @@ class MaskDecoder(nnx.Module):
             Mask logits at four times the features' resolution and predicted IoU, float32.
         """
         batch, prompts = tokens.shape[:2]
-        grid, channels = features.shape[1:3], features.shape[3]
+        grid, channels = (features.shape[1], features.shape[2]), features.shape[3]
         outputs = [self.iou_token.embedding[...], self.mask_tokens.embedding[...]]
         if self.hq:
             outputs.append(self.hf_token.embedding[...])
@@ -288,7 +288,7 @@ class DecoderAttention(nnx.Module):
         weights = jax.nn.softmax(logits, axis=-1).astype(image.dtype)
         mixed = self._einsum("gqhn,gnc->gqhc", weights, image).astype(image.dtype)
         out = self._einsum("gqhc,chd->gqhd", mixed, self._kernel("v_proj"))
-        out = out.reshape(*out.shape[:2], -1) + self.v_proj.bias[...]
+        out = out.reshape(*out.shape[:2], -1) + self._bias("v_proj")
         return self.out_proj(out.astype(image.dtype)).reshape(shape)
 
     def to_image(
@@ -318,14 +318,14 @@ class DecoderAttention(nnx.Module):
             for x in (self._heads("k_proj", keys), self._heads("v_proj", values))
         )
         k = k * k.shape[-1] ** -0.5
-        bias = self.q_proj.bias[...].reshape(self.num_heads, -1)
+        bias = self._bias("q_proj").reshape(self.num_heads, -1)
         bias = self._einsum("gpthd,hd->gpht", k, bias.astype(k.dtype))
         bias = jnp.where(present.reshape(groups, -1, 1, length), bias, -jnp.inf)
         k = self._einsum("gpthd,chd->gphtc", k, self._kernel("q_proj")).astype(image.dtype)
         logits = self._einsum("gnc,gphtc->gpnht", image, k) + bias[:, :, None]
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         v = self._einsum("gpthd,chd->gphtc", v, self._kernel("out_proj")).astype(v.dtype)
-        out = self._einsum("gpnht,gphtc->gpnc", weights, v) + self.out_proj.bias[...]
+        out = self._einsum("gpnht,gphtc->gpnc", weights, v) + self._bias("out_proj")
         return out.astype(v.dtype).reshape(batch, *image.shape[1:])
 
     @property
@@ -343,6 +343,9 @@ class DecoderAttention(nnx.Module):
         kernel = getattr(self, name).kernel[...].astype(self.dtypes.compute)
         kernel = kernel.T if name == "out_proj" else kernel
         return kernel.reshape(len(kernel), self.num_heads, -1)
+
+    def _bias(self, name: str) -> Array:
+        return getattr(self, name).bias[...]
 
     def _einsum(self, subscripts: str, a: Array, b: Array) -> Array:
         """A product that is accumulated, and returned, in float32."""

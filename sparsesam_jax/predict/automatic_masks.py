@@ -253,7 +253,7 @@ class AutomaticMaskGenerator:
     ) -> tuple[Bool[np.ndarray, " N"], Float[np.ndarray, " good"], Int[np.ndarray, "good 4"]]:
         """Which masks are stable and not cut by the crop's edge; their stability and boxes."""
         with np.errstate(invalid="ignore"):  # 0 / 0 is no stability, and is NaN
-            stability = np.float32(measures.inner) / np.float32(measures.outer)
+            stability = measures.inner.astype(np.float32) / measures.outer.astype(np.float32)
         boxes = measures.boxes + np.array([*crop[:2], *crop[:2]])
         good = ~_is_cut(boxes, crop, (0, 0, size[1], size[0]))
         if self.stability_score_thresh > 0:
@@ -476,7 +476,7 @@ def _distinct(found: list[_Mask], scores: Sequence[float], threshold: float) -> 
 def _is_cut(boxes: Int[np.ndarray, "N 4"], crop: Box, photo: Box) -> Bool[np.ndarray, " N"]:
     """Whether a side of a box is near a side of the crop that is none of the photo."""
     near_crop = np.abs(boxes - np.array(crop)) <= _CROP_EDGE
-    return (near_crop & ~(np.abs(boxes - np.array(photo)) <= _CROP_EDGE)).any(1)
+    return np.any(near_crop & ~(np.abs(boxes - np.array(photo)) <= _CROP_EDGE), axis=1)
 
 
 def _area(box: Box) -> int:

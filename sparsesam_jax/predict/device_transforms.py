@@ -36,7 +36,7 @@ _MASK_TAPS = 3  # two neighbours of the padded input, each between two of four t
 _MASK_SIDE = 4096  # what a photo's side is rounded up to, and to four times that, and so on
 # Rows of masks that one program measures, and of how many masks: with a width of 2048 a hundred
 # megabytes of rows that are only resized along one axis, and two milliseconds at most.
-_MEASURED_ROWS, _MEASURED_WIDTHS = 2**16, 2**17
+MEASURED_ROWS, MEASURED_WIDTHS = 2**16, 2**17
 
 
 class Taps(NamedTuple):
@@ -115,7 +115,7 @@ def resize_masks(
     masks = low_res.shape[-3]
     total = len(prompts) * masks
 
-    def call(length: int, place: Array) -> Array:
+    def call(length: int, place: np.ndarray) -> Array:
         options = {"length": length, "return_logits": return_logits}
         return _resize_flat(low_res, *taps, place, **options)
 
@@ -136,7 +136,7 @@ def pack_masks(
     height, width = original_size
     column = packed_column(height)
 
-    def call(length: int, place: Array) -> Array:
+    def call(length: int, place: np.ndarray) -> Array:
         return _pack_flat(low_res, *taps, place, length=length)
 
     taps = _mask_taps(low_res.shape[-2:], image_size, input_size, original_size)
@@ -145,7 +145,11 @@ def pack_masks(
 
 
 def _in_parts(
-    call: Callable[[int, Array], Array], place: list[int], plane: int, count: int, a_byte: int = 1
+    call: Callable[[int, np.ndarray], Array],
+    place: list[int],
+    plane: int,
+    count: int,
+    a_byte: int = 1,
 ) -> np.ndarray:
     """What a flat program makes of masks one after the other, in calls of one length, on the host.
 
@@ -188,8 +192,8 @@ def measure_masks(
     padded = 512
     while padded < width:
         padded = padded * 3 // 2 if padded & (padded - 1) == 0 else padded * 4 // 3
-    rows = max(_MEASURED_ROWS, 1 << (height - 1).bit_length())
-    masks = max(1, _MEASURED_WIDTHS // padded)
+    rows = max(MEASURED_ROWS, 1 << (height - 1).bit_length())
+    masks = max(1, MEASURED_WIDTHS // padded)
     # A few masks, the usual case, take a program of an eighth.
     if len(which) <= min(masks, rows // height) // 8:
         rows, masks = rows // 8, masks // 8
@@ -217,7 +221,8 @@ def measure_masks(
             for index, part in enumerate(parts)
         ]
         found = np.concatenate(counts, 1) if counts else np.zeros((7, 0), np.int32)
-        return MaskMeasures(*found[:3], found[3:].T)
+        area, inner, outer = found[:3]
+        return MaskMeasures(area, inner, outer, found[3:].T)
 
     return wait
 

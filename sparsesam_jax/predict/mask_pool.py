@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-_POOL = 256  # Masks in one array of the device: 64 MiB at 1024 pixels.
+POOL = 256  # Masks in one array of the device: 64 MiB at 1024 pixels.
 
 
 class HostPool:
@@ -49,12 +49,12 @@ class DevicePool:
         handles = []
         shape = low_res.shape[-2:]
         while len(handles) < len(which):
-            pool, used = self._open.get(shape, (0, _POOL))
-            if used == _POOL:
+            pool, used = self._open.get(shape, (0, POOL))
+            if used == POOL:
                 pool, used = len(self._pools), 0
-                self._pools.append(jnp.zeros((_POOL, *shape), low_res.dtype))
-            part = which[len(handles) : len(handles) + _POOL - used]
-            source, target = np.zeros(_POOL, np.int32), np.full(_POOL, _POOL, np.int32)
+                self._pools.append(jnp.zeros((POOL, *shape), low_res.dtype))
+            part = which[len(handles) : len(handles) + POOL - used]
+            source, target = np.zeros(POOL, np.int32), np.full(POOL, POOL, np.int32)
             source[: len(part)], target[: len(part)] = part, used + np.arange(len(part))
             self._pools[pool] = _put(self._pools[pool], low_res, source, target)
             handles += [(pool, used + place) for place in range(len(part))]
@@ -67,9 +67,9 @@ class DevicePool:
         found = None
         for number in sorted({pool for pool, _ in handles}):
             pool = self._pools[number]
-            source = np.full(self.at_once, _POOL, np.int32)
+            source = np.full(self.at_once, POOL, np.int32)
             for place, (owner, index) in enumerate(handles):
-                source[place] = index if owner == number else _POOL
+                source[place] = index if owner == number else POOL
             found = jnp.zeros((self.at_once, *pool.shape[1:])) if found is None else found
             found = _get(found, pool, source)
         assert found is not None
