@@ -57,6 +57,21 @@ def photos(
 
 
 @_command
+def everything(
+    model: Annotated[str, typer.Option(help="vit_t, vit_b, vit_l or vit_h.")] = "vit_l",
+    dtype: Annotated[str, typer.Option(help="What is computed in.")] = "bfloat16",
+    side: Annotated[int, typer.Option(help="Points along a side of the grid.")] = 32,
+    runs: Annotated[int, typer.Option(help="Timed runs.")] = 10,
+    peer: Annotated[bool, typer.Option(help="Whether transformers runs beside.")] = True,
+    out: Out = None,
+) -> None:
+    """All masks of a photo: the whole call, its parts and its memory, beside transformers."""
+    from benchmarks.suites import everything
+
+    everything.run(model, dtype, side, runs, peer, out)
+
+
+@_command
 def sanitize() -> int:
     """Every kernel once, for NVIDIA's compute-sanitizer to watch: memcheck or racecheck."""
     from benchmarks.suites import sanitize

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from sparsesam_jax.cli import analysis, compilation_cache, convert, demo, evaluate, info, segment
+from sparsesam_jax.cli import (
+    analysis,
+    compilation_cache,
+    convert,
+    demo,
+    evaluate,
+    everything,
+    info,
+    segment,
+)
 from sparsesam_jax.cli.options import Command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -44,6 +53,7 @@ def _sparsesam(
 for _command in (
     demo.demo,
     segment.segment,
+    everything.everything,
     info.info,
     convert.convert,
     evaluate.evaluate,

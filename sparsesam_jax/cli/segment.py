@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -25,6 +23,7 @@ from sparsesam_jax.cli.options import (
     check_implementation,
     numbers,
 )
+from sparsesam_jax.cli.progress import progress
 from sparsesam_jax.config import SamConfig, Sparsity
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def segment(
     }
     as_text = _as_text if len(paths) * len(densities) == 1 else _as_line
     problems = 0
-    with _progress(len(paths)) as advance:
+    with progress("segmenting", len(paths)) as advance:
         for path in paths:
             try:
                 photo = read(path)
@@ -326,22 +325,6 @@ def _predict(predictor: SamPredictor, photo: _Photo, multimask: bool) -> _Found:
         found.masks.extend(masks)
         found.scores.extend(float(score) for score in scores)
     return found._replace(seconds={"encode": encode_s, "predict": clock.lap()})
-
-
-@contextlib.contextmanager
-def _progress(count: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error, where it is a terminal and the reports themselves go elsewhere."""
-    if count == 1 or not sys.stderr.isatty() or sys.stdout.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    # rich would send to its own console what goes to standard output.
-    with Progress(console=console, transient=True, redirect_stdout=False) as progress:
-        task = progress.add_task("segmenting", total=count)
-        yield lambda: progress.advance(task)
 
 
 def _bounding_box(mask: np.ndarray) -> list[int] | None:

@@ -162,10 +162,14 @@ class ConvTranspose2x2(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W O"]:
         """Upscale a feature map by two."""
-        kernel, bias = (p[...].astype(self.dtypes.compute) for p in (self.kernel, self.bias))
-        out = jnp.einsum("bhwc,ijco->bhiwjo", x, kernel, precision=self.dtypes.precision) + bias
+        out = self.squares(x).swapaxes(2, 3)
         batch, height, _, width, _, channels = out.shape
         return out.reshape(batch, 2 * height, 2 * width, channels)
+
+    def squares(self, x: Float[Array, "*pixels C"]) -> Float[Array, "*pixels 2 2 O"]:
+        """The square that each pixel becomes."""
+        kernel, bias = (p[...].astype(self.dtypes.compute) for p in (self.kernel, self.bias))
+        return jnp.einsum("...c,ijco->...ijo", x, kernel, precision=self.dtypes.precision) + bias
 
 
 class MLP(nnx.Module):

@@ -1,4 +1,10 @@
-"""SAM's mask decoder: a two-way transformer, hypernetworks and the IoU head; SAM-HQ's additions."""
+"""SAM's mask decoder: a two-way transformer, hypernetworks and the IoU head; SAM-HQ's additions.
+
+A prompt has some ten tokens, an image thousands. So nothing of the image is projected for
+attention: the tokens' side is passed through the projections of both sides instead, which is the
+same product in another order. And until tokens are first written into the image, all prompts share
+it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from sparsesam_jax.config import SamConfig
+from sparsesam_jax.config import Grid, SamConfig
+from sparsesam_jax.model.blocks import replaced
 from sparsesam_jax.model.layers import (
     MLP,
     ConvTranspose2x2,
@@ -76,7 +83,7 @@ class MaskDecoder(nnx.Module):
         position: Float[Array, "Gh Gw C"],
         tokens: Float[Array, "B P T C"],
         present: Bool[Array, "B P T"],
-        dense: Float[Array, "B P Gh Gw C"],
+        dense: Float[Array, "B _ Gh Gw C"],
         *,
         multimask_output: bool,
         early_features: Float[Array, "B Gh Gw d"] | None = None,
@@ -89,7 +96,7 @@ class MaskDecoder(nnx.Module):
             position: Position embedding of the features.
             tokens: Embedded points and boxes.
             present: Which tokens are there; the others are masked out of every attention.
-            dense: Embedded mask prompts.
+            dense: Embedded mask prompts; one for all prompts where they have no mask.
             multimask_output: Whether to return the proposals instead of the single-mask output.
                 SAM-HQ returns one mask either way: it refines the best proposal, or the single.
             early_features: Output of the first global block, which SAM-HQ's masks also use.
@@ -99,7 +106,7 @@ class MaskDecoder(nnx.Module):
             Mask logits at four times the features' resolution and predicted IoU, float32.
         """
         batch, prompts = tokens.shape[:2]
-        grid, channels = features.shape[1:3], features.shape[3]
+        grid, channels = (features.shape[1], features.shape[2]), features.shape[3]
         outputs = [self.iou_token.embedding[...], self.mask_tokens.embedding[...]]
         if self.hq:
             outputs.append(self.hf_token.embedding[...])
@@ -110,18 +117,18 @@ class MaskDecoder(nnx.Module):
         present = jnp.pad(
             present, ((0, 0), (0, 0), (learned.shape[2], 0)), constant_values=True
         ).reshape(batch * prompts, -1)
-        image = (features[:, None] + dense).reshape(batch * prompts, -1, channels)
+        image = (features[:, None] + dense).reshape(-1, grid[0] * grid[1], channels)
         queries, image = self.transformer(queries, image, position.reshape(-1, channels), present)
 
-        upscaled = _apply(self.output_upscaling, image.reshape(-1, *grid, channels))
+        upscaled = _upscaled(self.output_upscaling, image)
         mask_tokens = queries[:, 1 : 1 + self.num_masks]
         weights = jnp.stack(
             [mlp(mask_tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], 1
         )
-        masks = self._masks(weights, upscaled)
-        iou = self.iou_prediction_head(queries[:, 0]).astype(jnp.float32)
         chosen = slice(1, None) if multimask_output else slice(0, 1)
-        masks, iou = masks[:, chosen], iou[:, chosen]
+        masks = _products(weights[:, chosen], upscaled, self.dtypes.precision)
+        masks = jax.vmap(lambda mask: _raster(mask[..., None], grid)[..., 0], 1, 1)(masks)
+        iou = self.iou_prediction_head(queries[:, 0]).astype(jnp.float32)[:, chosen]
         if self.hq:
             if early_features is None:
                 raise ValueError("early_features must be given to a SAM-HQ decoder, got None")
@@ -130,23 +137,14 @@ class MaskDecoder(nnx.Module):
             masks = jnp.take_along_axis(masks, best[..., None, None], 1)
             hq_features = _apply(self.embedding_encoder, features)
             hq_features = hq_features + _apply(self.compress_vit_feat, early_features)
-            hq_upscaled = _apply(self.embedding_maskfeature, upscaled)
+            hq_upscaled = _apply(self.embedding_maskfeature, _raster(upscaled, grid))
             hq_upscaled = hq_upscaled + jnp.repeat(hq_features, prompts, axis=0)
-            hq = self._masks(self.hf_mlp(queries[:, 1 + self.num_masks])[:, None], hq_upscaled)
+            hq_weights = self.hf_mlp(queries[:, 1 + self.num_masks])[:, None]
+            hq = _products(hq_weights, hq_upscaled, self.dtypes.precision)
             masks = hq if hq_token_only else masks + hq
         return (
             masks.reshape(batch, prompts, *masks.shape[1:]),
             iou.reshape(batch, prompts, -1),
-        )
-
-    def _masks(self, weights: Array, upscaled: Array) -> Array:
-        """Logits [B P, K, 4 Gh, 4 Gw]: each mask's weights times the upscaled features."""
-        return jnp.einsum(
-            "bkc,bhwc->bkhw",
-            weights,
-            upscaled,
-            precision=self.dtypes.precision,
-            preferred_element_type=jnp.float32,
         )
 
 
@@ -171,15 +169,20 @@ class TwoWayTransformer(nnx.Module):
     def __call__(
         self,
         tokens: Float[Array, "B T C"],
-        image: Float[Array, "B N C"],
+        image: Float[Array, "G N C"],
         position: Float[Array, "N C"],
         present: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B N C"]]:
-        """Transform tokens and image; `present` masks tokens out as keys."""
+        """Transform tokens and image; `present` masks tokens out as keys.
+
+        B / G prompts after one another share an image, which comes out once a prompt.
+        """
         queries = tokens
         for layer in self.layers:
             queries, image = layer(queries, image, tokens, position, present)
-        attended = self.final_attn_token_to_image(queries + tokens, image + position, image)
+        attended = self.final_attn_token_to_image.from_image(
+            queries + tokens, image + position, image
+        )
         return self.norm_final_attn(queries + attended), image
 
 
@@ -205,7 +208,7 @@ class TwoWayAttentionBlock(nnx.Module):
     def __call__(
         self,
         queries: Float[Array, "B T C"],
-        image: Float[Array, "B N C"],
+        image: Float[Array, "G N C"],
         tokens: Float[Array, "B T C"],
         position: Float[Array, "N C"],
         present: Bool[Array, "B T"],
@@ -217,13 +220,13 @@ class TwoWayAttentionBlock(nnx.Module):
             q = queries + tokens
             queries = queries + self.self_attn(q, q, queries, present)
         queries = self.norm1(queries)
-        attended = self.cross_attn_token_to_image(queries + tokens, image + position, image)
+        keys = image + position
+        attended = self.cross_attn_token_to_image.from_image(queries + tokens, keys, image)
         queries = self.norm2(queries + attended)
         queries = self.norm3(queries + self.mlp(queries))
-        attended = self.cross_attn_image_to_token(
-            image + position, queries + tokens, queries, present
-        )
-        return queries, self.norm4(image + attended)
+        attended = self.cross_attn_image_to_token.to_image(keys, queries + tokens, queries, present)
+        image = image[:, None] + attended.reshape(len(image), -1, *image.shape[1:])
+        return queries, self.norm4(image.reshape(attended.shape))
 
 
 class DecoderAttention(nnx.Module):
@@ -251,17 +254,103 @@ class DecoderAttention(nnx.Module):
         present: Bool[Array, "B K"] | None = None,
     ) -> Float[Array, "B Q C"]:
         """Attend from q to the keys that are present (None: all)."""
-        options = {"precision": self.dtypes.precision, "preferred_element_type": jnp.float32}
-        q, k, v = (
-            projection(x).reshape(*x.shape[:2], self.num_heads, -1)
-            for projection, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
-        )
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, **options) * q.shape[-1] ** -0.5
+        q, k, v = self._heads("q_proj", q), self._heads("k_proj", k), self._heads("v_proj", v)
+        logits = self._einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
         if present is not None:
             logits = jnp.where(present[:, None, None], logits, -jnp.inf)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, **options).astype(v.dtype)
+        out = self._einsum("bhqk,bkhd->bqhd", weights, v).astype(v.dtype)
         return self.out_proj(out.reshape(*out.shape[:2], -1))
+
+    def from_image(
+        self,
+        tokens: Float[Array, "B T C"],
+        keys: Float[Array, "G N C"],
+        image: Float[Array, "G N C"],
+    ) -> Float[Array, "B T C"]:
+        """Attend from tokens to an image that B / G prompts after one another share.
+
+        `q . (W_k x + b_k) = (W_k' q) . x + const(q)`, and the constant cancels in the softmax. The
+        weights sum to one, so that `sum w (W_v x + b_v) = W_v (sum w x) + b_v`.
+
+        Args:
+            tokens: What the queries are made of.
+            keys: What the keys are made of.
+            image: What the values are made of.
+        """
+        shape = tokens.shape
+        tokens = tokens.reshape(len(image), -1, shape[-1])
+        if self._replaced:
+            return self(tokens, keys, image).reshape(shape)
+        q = self._heads("q_proj", tokens)
+        q = self._einsum("gqhd,chd->gqhc", q, self._kernel("k_proj")) * q.shape[-1] ** -0.5
+        logits = self._einsum("gqhc,gnc->gqhn", q.astype(keys.dtype), keys)
+        weights = jax.nn.softmax(logits, axis=-1).astype(image.dtype)
+        mixed = self._einsum("gqhn,gnc->gqhc", weights, image).astype(image.dtype)
+        out = self._einsum("gqhc,chd->gqhd", mixed, self._kernel("v_proj"))
+        out = out.reshape(*out.shape[:2], -1) + self._bias("v_proj")
+        return self.out_proj(out.astype(image.dtype)).reshape(shape)
+
+    def to_image(
+        self,
+        image: Float[Array, "G N C"],
+        keys: Float[Array, "B T C"],
+        values: Float[Array, "B T C"],
+        present: Bool[Array, "B T"],
+    ) -> Float[Array, "B N C"]:
+        """Attend from an image, which B / G prompts after one another share, to their tokens.
+
+        As `from_image`: the tokens' keys pass through the queries' projection, their values through
+        the output's.
+
+        Args:
+            image: What the queries are made of.
+            keys: What the keys are made of.
+            values: What the values are made of.
+            present: Which tokens are there.
+        """
+        groups, (batch, length) = len(image), present.shape
+        if self._replaced:
+            image = jnp.repeat(image, batch // groups, axis=0)
+            return self(image, keys, values, present)
+        k, v = (
+            x.reshape(groups, -1, *x.shape[1:])
+            for x in (self._heads("k_proj", keys), self._heads("v_proj", values))
+        )
+        k = k * k.shape[-1] ** -0.5
+        bias = self._bias("q_proj").reshape(self.num_heads, -1)
+        bias = self._einsum("gpthd,hd->gpht", k, bias.astype(k.dtype))
+        bias = jnp.where(present.reshape(groups, -1, 1, length), bias, -jnp.inf)
+        k = self._einsum("gpthd,chd->gphtc", k, self._kernel("q_proj")).astype(image.dtype)
+        logits = self._einsum("gnc,gphtc->gpnht", image, k) + bias[:, :, None]
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        v = self._einsum("gpthd,chd->gphtc", v, self._kernel("out_proj")).astype(v.dtype)
+        out = self._einsum("gpnht,gphtc->gpnc", weights, v) + self._bias("out_proj")
+        return out.astype(v.dtype).reshape(batch, *image.shape[1:])
+
+    @property
+    def _replaced(self) -> bool:
+        """Whether a projection is no plain product any more, so that it has to be called."""
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        return any(replaced(name, getattr(self, name)) for name in names)
+
+    def _heads(self, name: str, x: Array) -> Array:
+        """A projection by heads, [..., heads, D]."""
+        return getattr(self, name)(x).reshape(*x.shape[:-1], self.num_heads, -1)
+
+    def _kernel(self, name: str) -> Array:
+        """A projection's kernel by heads, [C, heads, D]; of the output's the outputs are C."""
+        kernel = getattr(self, name).kernel[...].astype(self.dtypes.compute)
+        kernel = kernel.T if name == "out_proj" else kernel
+        return kernel.reshape(len(kernel), self.num_heads, -1)
+
+    def _bias(self, name: str) -> Array:
+        return getattr(self, name).bias[...]
+
+    def _einsum(self, subscripts: str, a: Array, b: Array) -> Array:
+        """A product that is accumulated, and returned, in float32."""
+        options = {"precision": self.dtypes.precision, "preferred_element_type": jnp.float32}
+        return jnp.einsum(subscripts, a, b, **options)
 
 
 def _upscaling(
@@ -280,3 +369,40 @@ def _apply(layers: nnx.List, x: Array) -> Array:
     for layer in layers:
         x = layer(x)
     return x
+
+
+def _upscaled(layers: nnx.List, image: Float[Array, "B N C"]) -> Float[Array, "B N 2 2 2 2 c"]:
+    """The layers of `_upscaling`, every token's square of pixels by itself: nothing is moved."""
+    for layer in layers:
+        image = layer.squares(image) if isinstance(layer, ConvTranspose2x2) else layer(image)
+    return image
+
+
+def _products(
+    weights: Float[Array, "B K c"],
+    upscaled: Float[Array, "B *pixels c"],
+    precision: jax.lax.Precision | None,
+) -> Float[Array, "B K *pixels"]:
+    """Each mask's weights times the upscaled features, in float32."""
+    batch, masks, channels = weights.shape
+    flat = upscaled.reshape(batch, -1, channels)
+
+    def product(weights: Array, flat: Array) -> Array:
+        options = {"precision": precision, "preferred_element_type": jnp.float32}
+        return jnp.einsum("bkc,bpc->bkp", weights, flat, **options)
+
+    def fused(weights: Array, flat: Array) -> Array:
+        # Three numbers a pixel are no work for a matrix unit, whose inputs would have to be written
+        # first; a sum is one program with what makes its terms.
+        return (weights[:, :, None].astype(jnp.float32) * flat[:, None].astype(jnp.float32)).sum(-1)
+
+    found = jax.lax.platform_dependent(weights, flat, cpu=product, default=fused)
+    return found.reshape(batch, masks, *upscaled.shape[1:-1])
+
+
+def _raster(x: Float[Array, "B N 2 2 2 2 c"], grid: Grid) -> Float[Array, "B height width c"]:
+    """Squares of pixels, of squares of pixels, put in their places."""
+    batch, channels = len(x), x.shape[-1]
+    x = x.reshape(batch, *grid, 2, 2, 2, 2, channels)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(batch, 4 * grid[0], 4 * grid[1], channels)

@@ -58,7 +58,7 @@ class PromptEncoder(nnx.Module):
         *,
         image_size: tuple[int, int],
         grid: tuple[int, int],
-    ) -> tuple[Float[Array, "B P T C"], Float[Array, "B P Gh Gw C"]]:
+    ) -> tuple[Float[Array, "B P T C"], Float[Array, "B _ Gh Gw C"]]:
         """Embed the prompts of a batch of images.
 
         Args:
@@ -71,7 +71,7 @@ class PromptEncoder(nnx.Module):
 
         Returns:
             Token embeddings (meaningless where the label is `ABSENT`) and the map to be added to
-            the image's features.
+            the image's features: one for all prompts where none has a mask.
         """
         height, width = image_size
         position = self.pe_layer((points + 0.5) / jnp.array([width, height], jnp.float32))
@@ -81,13 +81,13 @@ class PromptEncoder(nnx.Module):
         tokens = jnp.where(is_point, position + kind, self.not_a_point_embed.embedding[0])
         tokens = jnp.where((labels == PADDING)[..., None], 0, tokens)
         if mask_input is None:
-            dense = self.no_mask_embed.embedding[0]
+            shape = (len(labels), 1, *grid, kinds.shape[-1])
+            dense = jnp.broadcast_to(self.no_mask_embed.embedding[0], shape)
         else:
             dense = mask_input.reshape(-1, *mask_input.shape[2:], 1).astype(self.dtypes.compute)
             for layer in self.mask_downscaling:
                 dense = layer(dense)
             dense = dense.reshape(*mask_input.shape[:2], *dense.shape[1:])
-        dense = jnp.broadcast_to(dense, (*labels.shape[:2], *grid, kinds.shape[-1]))
         return tokens.astype(self.dtypes.compute), dense.astype(self.dtypes.compute)
 
     def dense_position(self, grid: tuple[int, int]) -> Float[Array, "Gh Gw C"]:

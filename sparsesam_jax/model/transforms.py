@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,22 @@ from PIL import Image
 PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
 MASK_THRESHOLD = 0.0
+
+
+class MaskMeasures(NamedTuple):
+    """What is known of masks at the photo's size without keeping them.
+
+    Attributes:
+        area: Pixels above the threshold.
+        inner: Pixels above a higher threshold.
+        outer: Pixels above a lower threshold.
+        boxes: First and last column and row, (x0, y0, x1, y1); zeros for an empty mask.
+    """
+
+    area: Int[np.ndarray, " N"]
+    inner: Int[np.ndarray, " N"]
+    outer: Int[np.ndarray, " N"]
+    boxes: Int[np.ndarray, "N 4"]
 
 
 def resized_shape(height: int, width: int, long_side: int) -> tuple[int, int]:
@@ -152,6 +170,84 @@ def resize_masks(
         logits = resize_mask_logits(planes[prompt], image_size, input_size, original_size)
         masks[:] = logits if return_logits else logits > MASK_THRESHOLD
     return out
+
+
+def measure_masks(
+    low_res: Float[Array | np.ndarray, "*batch h w"],
+    which: Int[np.ndarray, " N"],
+    image_size: tuple[int, int],
+    input_size: tuple[int, int],
+    original_size: tuple[int, int],
+    *,
+    offset: float,
+) -> Callable[[], MaskMeasures]:
+    """Measure masks at the photo's size, one after the other, on the host.
+
+    Args:
+        low_res: Mask logits.
+        which: Which masks, where the leading axes are counted as one.
+        image_size: As for `mask_resize_matrices`.
+        input_size: As for `mask_resize_matrices`.
+        original_size: As for `mask_resize_matrices`.
+        offset: How far the higher and the lower threshold lie from the threshold.
+
+    Returns:
+        A function that returns the measures, for on a device they come later.
+    """
+    planes = np.asarray(low_res).reshape(-1, *low_res.shape[-2:])
+    counts = np.zeros((3, len(which)), np.int64)
+    boxes = np.zeros((len(which), 4), np.int64)
+    for place, index in enumerate(which):
+        logits = resize_mask_logits(planes[index], image_size, input_size, original_size)
+        mask = logits > MASK_THRESHOLD
+        inner, outer = logits > MASK_THRESHOLD + offset, logits > MASK_THRESHOLD - offset
+        counts[:, place] = [np.count_nonzero(x) for x in (mask, inner, outer)]
+        boxes[place] = mask_box(mask)
+    area, inner, outer = counts
+    return lambda: MaskMeasures(area, inner, outer, boxes)
+
+
+def mask_box(mask: Bool[np.ndarray, "height width"]) -> tuple[int, int, int, int]:
+    """First and last column and row of a mask, as (x0, y0, x1, y1); zeros for an empty one."""
+    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return (0, 0, 0, 0)
+    return int(cols[0]), int(rows[0]), int(cols[-1]), int(rows[-1])
+
+
+def pack_masks(
+    low_res: Float[Array | np.ndarray, "N h w"],
+    count: int,
+    image_size: tuple[int, int],
+    input_size: tuple[int, int],
+    original_size: tuple[int, int],
+) -> UInt8[np.ndarray, "count width bytes"]:
+    """The first masks at the photo's size, eight pixels of a column a byte, on the host.
+
+    The lowest bit is the first pixel. A column ends with at least one zero bit, so that every run
+    of ones ends in it, and has a multiple of eight bytes.
+
+    Args:
+        low_res: Mask logits.
+        count: How many of them.
+        image_size: As for `mask_resize_matrices`.
+        input_size: As for `mask_resize_matrices`.
+        original_size: As for `mask_resize_matrices`.
+    """
+    height, width = original_size
+    column = packed_column(height)
+    out = np.empty((count, width, column // 8), np.uint8)
+    frame = (image_size, input_size, original_size)
+    for packed, plane in zip(out, np.asarray(low_res), strict=False):
+        mask = resize_mask_logits(plane, *frame) > MASK_THRESHOLD
+        rows = np.pad(mask, ((0, column - height), (0, 0)))
+        packed[:] = np.packbits(rows, axis=0, bitorder="little").T
+    return out
+
+
+def packed_column(height: int) -> int:
+    """Bits of a column of `pack_masks`."""
+    return 64 * (height // 64 + 1)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,29 +1,36 @@
 """Masks of everything in a photo: a grid of points as prompts, and what is good and new of it.
 
-The method, its parameters and its records are those of facebookresearch/segment-anything.
+The method, its parameters and its records are those of facebookresearch/segment-anything. There
+every mask is made at the photo's size to be judged. Here it is judged in the same pixels, which
+exist only inside of the sums over them; at the photo's size there are only the masks that survive.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import scipy.ndimage
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sparsesam_jax.model.sam import SamModel
-from sparsesam_jax.model.transforms import MASK_THRESHOLD, resize_mask_logits
-from sparsesam_jax.predict.mask_formats import rle_text, run_lengths
+from sparsesam_jax.model.transforms import MaskMeasures, mask_box
+from sparsesam_jax.predict.finite import check_finite
+from sparsesam_jax.predict.mask_formats import packed_run_lengths, rle_text, run_lengths
+from sparsesam_jax.predict.mask_pool import DevicePool, HostPool
 from sparsesam_jax.predict.predictor import SamPredictor, check_image
-from sparsesam_jax.predict.prompt_arrays import MIN_POINTS, ImagePrompt, pad_together
+from sparsesam_jax.predict.prompt_arrays import ImagePrompt, pad_together
 
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1
+T = TypeVar("T")
 
 _CROP_EDGE = 20.0  # Pixels from a crop's edge within which a mask may have been cut off.
+_TOKENS = 2  # of a prompt: its point, and the one that SAM adds to points without a box
 _EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
 
 
@@ -44,7 +51,8 @@ class AutomaticMaskGenerator:
     Args:
         model: The model, or a predictor of it, whose image is overwritten.
         points_per_side: Points along a side of the grid; None where `point_grids` is given.
-        points_per_batch: Prompts of one decoder call at most; a CPU decodes one by one.
+        points_per_batch: Prompts of one decoder call, fewer on a CPU; as many are decoded where
+            fewer are left, so that one compiled size serves all.
         pred_iou_thresh: Least predicted IoU, not itself included; 0 keeps all.
         stability_score_thresh: Least stability; 0 keeps all.
         stability_score_offset: How far the threshold of the logits is moved for the stability,
@@ -131,119 +139,227 @@ class AutomaticMaskGenerator:
         Returns:
             A record a mask: `segmentation` (see `output_mode`), `area` in pixels, `bbox` (x, y,
             width, height), `predicted_iou`, `point_coords` [[x, y]], the prompt, `stability_score`,
-            and `crop_box` (x, y, width, height), in pixels of the photo.
+            and `crop_box` (x, y, width, height), in pixels of the photo. Boolean arrays that come
+            from a device are read-only.
 
         Raises:
-            ValueError: The image is no uint8 [height, width, 3] array.
+            ValueError: The image is no uint8 [height, width, 3] array, or scores are not finite.
         """
-        image = check_image(image)
-        size = (image.shape[0], image.shape[1])
-        crops = crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
-        found = [mask for crop in crops for mask in self._masks_of_crop(image, crop)]
-        if len(crops) > 1:
+        return self.generate_batch([check_image(image)])[0]
+
+    def generate_batch(
+        self, images: Iterable[UInt8[np.ndarray, "height width 3"]]
+    ) -> list[list[dict[str, Any]]]:
+        """Masks of everything in several photos of any sizes, which are encoded together.
+
+        Args:
+            images: As for `generate`.
+
+        Returns:
+            What `generate` returns, a list a photo; an empty one for no photo.
+
+        Raises:
+            ValueError: As `generate`.
+        """
+        images = [check_image(image) for image in images]
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        crops = [crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio) for size in sizes]
+        pool = DevicePool() if self.predictor.on_device else HostPool()
+        found: list[list[_Mask]] = [[] for _ in images]
+        # All photos have as many crops; those at one place in the layers go together.
+        for together in zip(*crops, strict=True):
+            parts = [
+                image[y0:y1, x0:x1]
+                for image, ((x0, y0, x1, y1), _) in zip(images, together, strict=True)
+            ]
+            self.predictor.set_image_batch(parts)
+            for masks, more in zip(found, self._masks_of_crops(together, sizes, pool), strict=True):
+                masks += more
+            self.predictor.reset_image()
+        return [
+            self._finished(masks, size, len(own) > 1, pool)
+            for masks, size, own in zip(found, sizes, crops, strict=True)
+        ]
+
+    def _masks_of_crops(
+        self, crops: Sequence[Crop], sizes: Sequence[tuple[int, int]], pool: HostPool | DevicePool
+    ) -> list[list[_Mask]]:
+        """The good and distinct masks of the crops whose embeddings are set, one a photo.
+
+        While a call is decoded, the call before it is measured, and the one before that filtered.
+        """
+        found: list[list[_Mask]] = [[] for _ in crops]
+        calls = _ahead(self._decoded(crops))
+        for call, iou, which, measures in _ahead(map(self._measured, calls)):
+            crop, found_here = crops[call.image], found[call.image]
+            good, stability, boxes = self._filtered(measures(), crop.box, sizes[call.image])
+            handles = pool.keep(call.low_res, which[good])
+            areas = measures().area[good]
+            for place, index in enumerate(which[good]):
+                x, y = call.points[index // iou.shape[-1]] + crop.box[:2]
+                found_here.append(
+                    _Mask(
+                        handle=handles[place],
+                        frame=call.frame,
+                        area=int(areas[place]),
+                        box=tuple(boxes[place].tolist()),
+                        predicted_iou=float(iou.reshape(-1)[index]),
+                        point=(float(x), float(y)),
+                        stability_score=float(stability[place]),
+                        crop_box=crop.box,
+                    )
+                )
+        return [
+            _distinct(masks, [mask.predicted_iou for mask in masks], self.box_nms_thresh)
+            for masks in found
+        ]
+
+    def _decoded(self, crops: Sequence[Crop]) -> Iterator[_Call]:
+        """Calls of the decoder for the grids of all crops; they are under way."""
+        predictor, embedding = self.predictor, self.predictor.embedding
+        rows, cols = embedding.features.shape[1:3]
+        patch = predictor.compiled.config.image_encoder.patch_size
+        at_once = self.points_per_batch
+        if not predictor.on_device:
+            at_once = min(at_once, predictor.prompts_at_once)
+        for image, (crop, size) in enumerate(zip(crops, embedding.sizes, strict=True)):
+            frame = ((rows * patch, cols * patch), size.resized, size.original)
+            points = self.point_grids[crop.layer] * size.original[::-1]
+            labels = np.ones((len(points), 1), np.int32)
+            arrays = ImagePrompt(points[:, None], labels, None, None).arrays(size, (0, 0))
+            for start in range(0, len(points), at_once):
+                part = arrays.part(start, start + at_once)
+                low_res, iou = predictor.compiled.decode(
+                    embedding.arrays,
+                    *pad_together([part], at_once, _TOKENS),
+                    first=None if len(crops) == 1 else image,
+                    frame=embedding.frame,
+                )
+                yield _Call(image, points[start : start + at_once], frame, low_res, iou)
+
+    def _measured(self, call: _Call) -> tuple[_Call, np.ndarray, np.ndarray, _Measures]:
+        """A call, its predicted IoU, which masks have a high one, and what they measure."""
+        iou = np.asarray(call.iou)[0, : len(call.points)]
+        check_finite(self.predictor.sam, iou)
+        which = np.arange(iou.size)
+        if self.pred_iou_thresh > 0:
+            which = which[iou.reshape(-1) > self.pred_iou_thresh]
+        measure = self.predictor.transforms.measure_masks
+        offset = self.stability_score_offset
+        return call, iou, which, measure(call.low_res, which, *call.frame, offset=offset)
+
+    def _filtered(
+        self, measures: MaskMeasures, crop: Box, size: tuple[int, int]
+    ) -> tuple[Bool[np.ndarray, " N"], Float[np.ndarray, " good"], Int[np.ndarray, "good 4"]]:
+        """Which masks are stable and not cut by the crop's edge; their stability and boxes."""
+        with np.errstate(invalid="ignore"):  # 0 / 0 is no stability, and is NaN
+            stability = measures.inner.astype(np.float32) / measures.outer.astype(np.float32)
+        boxes = measures.boxes + np.array([*crop[:2], *crop[:2]])
+        good = ~_is_cut(boxes, crop, (0, 0, size[1], size[0]))
+        if self.stability_score_thresh > 0:
+            good &= stability >= self.stability_score_thresh
+        return good, stability[good], boxes[good]
+
+    def _finished(
+        self,
+        found: list[_Mask],
+        size: tuple[int, int],
+        several_crops: bool,
+        pool: HostPool | DevicePool,
+    ) -> list[dict[str, Any]]:
+        """Records of a photo's masks, of which the last duplicates go."""
+        if several_crops:
             scores = [1 / _area(mask.crop_box) for mask in found]
             found = _distinct(found, scores, self.crop_nms_thresh)
         if self.min_mask_region_area > 0:
-            found = self._without_small_regions(found, size)
-        return [self._record(mask, size) for mask in found]
+            found, masks = self._without_small_regions(found, self._binary(found, size, pool))
+            if self.output_mode != "binary_mask":
+                masks = [run_lengths(mask) for mask in masks]
+        elif self.output_mode == "binary_mask":
+            masks = self._binary(found, size, pool)
+        else:
+            masks = self._run_lengths(found, size, pool)
+        return [
+            {
+                "segmentation": self._segmentation(segmentation, size),
+                "area": mask.area,
+                "bbox": _xywh(mask.box),
+                "predicted_iou": mask.predicted_iou,
+                "point_coords": [list(mask.point)],
+                "stability_score": mask.stability_score,
+                "crop_box": _xywh(mask.crop_box),
+            }
+            for mask, segmentation in zip(found, masks, strict=True)
+        ]
 
-    def _masks_of_crop(self, image: np.ndarray, crop: Crop) -> list[_Mask]:
-        x0, y0, x1, y1 = crop.box
-        self.predictor.set_image(image[y0:y1, x0:x1])
-        points = self.point_grids[crop.layer] * (x1 - x0, y1 - y0)
-        found = list(self._masks_of_points(points, crop.box, (image.shape[0], image.shape[1])))
-        self.predictor.reset_image()
-        return _distinct(found, [mask.predicted_iou for mask in found], self.box_nms_thresh)
+    def _segmentation(self, mask: np.ndarray, size: tuple[int, int]) -> Any:
+        if self.output_mode == "binary_mask":
+            return mask
+        counts = mask.tolist() if self.output_mode != "coco_rle" else rle_text(mask).decode()
+        return {"size": list(size), "counts": counts}
 
-    def _masks_of_points(
-        self, points: Float[np.ndarray, "N 2"], crop: Box, size: tuple[int, int]
-    ) -> Iterator[_Mask]:
-        """Masks that are good enough, prompt by prompt; one is at the photo's size at a time."""
-        predictor, embedding = self.predictor, self.predictor.embedding
-        rows, cols = (4 * side for side in embedding.features.shape[1:3])
-        side, sizes = predictor.image_size, embedding.sizes[0]
-        frame = ((side, side), sizes.resized, sizes.original)
-        labels = np.ones((len(points), 1), np.int32)
-        prompt = ImagePrompt(points[:, None], labels, None, None)
-        arrays = prompt.arrays(sizes, (rows, cols))
-        at_once = min(self.points_per_batch, predictor.prompts_at_once)
-        for start in range(0, len(points), at_once):
-            parts = [arrays.part(start, start + at_once)]
-            low_res, iou = predictor.compiled.decode(
-                embedding.arrays, *pad_together(parts, at_once, MIN_POINTS)
-            )
-            iou, logits = np.asarray(iou)[0], None
-            for index, point in enumerate(points[start : start + at_once]):
-                for mask in range(iou.shape[1]):
-                    score = iou[index, mask]
-                    if self.pred_iou_thresh > 0 and not score > self.pred_iou_thresh:
-                        continue
-                    logits = np.asarray(low_res)[0] if logits is None else logits
-                    resized = resize_mask_logits(logits[index, mask], *frame)
-                    good = self._checked(resized, float(score), point, crop, size)
-                    if good is not None:
-                        yield good
+    def _binary(
+        self, found: list[_Mask], size: tuple[int, int], pool: HostPool | DevicePool
+    ) -> list[Bool[np.ndarray, "height width"]]:
+        masks = []
+        for (x0, y0, x1, y1), frame, handles in _runs_of_crops(found, pool.at_once):
+            low_res = pool.take(handles)[:, None]
+            own = self.predictor.transforms.resize_masks(low_res, range(len(handles)), *frame)
+            if own.shape[-2:] != size:
+                own, part = np.zeros((len(handles), 1, *size), bool), own
+                own[..., y0:y1, x0:x1] = part
+            masks += list(own[:, 0])
+        return masks
 
-    def _checked(
-        self,
-        logits: Float[np.ndarray, "height width"],
-        predicted_iou: float,
-        point: Float[np.ndarray, " 2"],
-        crop: Box,
-        size: tuple[int, int],
-    ) -> _Mask | None:
-        """The mask of a crop in the photo, if it is stable and the crop's edge has not cut it."""
-        stability = stability_score(logits, self.stability_score_offset)
-        if self.stability_score_thresh > 0 and not stability >= self.stability_score_thresh:
-            return None
-        mask = logits > MASK_THRESHOLD
-        x, y = crop[:2]
-        x0, y0, x1, y1 = mask_box(mask)
-        box = (x0 + x, y0 + y, x1 + x, y1 + y)
-        if _is_cut(box, crop, (0, 0, size[1], size[0])):
-            return None
-        whole = np.zeros(size, bool)
-        whole[crop[1] : crop[3], crop[0] : crop[2]] = mask
-        at = (float(point[0] + x), float(point[1] + y))
-        return _Mask(run_lengths(whole), box, predicted_iou, at, stability, crop)
+    def _run_lengths(
+        self, found: list[_Mask], size: tuple[int, int], pool: HostPool | DevicePool
+    ) -> list[Int[np.ndarray, " runs"]]:
+        masks = []
+        for crop, frame, handles in _runs_of_crops(found, pool.at_once):
+            low_res = pool.take(handles)
+            packed = self.predictor.transforms.pack_masks(low_res, len(handles), *frame)
+            masks += [packed_run_lengths(mask, size, crop[:2]) for mask in packed]
+        return masks
 
-    def _without_small_regions(self, found: list[_Mask], size: tuple[int, int]) -> list[_Mask]:
+    def _without_small_regions(
+        self, found: list[_Mask], masks: list[np.ndarray]
+    ) -> tuple[list[_Mask], list[np.ndarray]]:
         """Masks without small holes and islands; of nearly equal ones those that had none."""
-        changed, scores = [], []
-        for mask in found:
-            pixels, holes = remove_small_regions(
-                _from_run_lengths(mask.lengths, size), self.min_mask_region_area, "holes"
-            )
+        changed: list[tuple[_Mask, np.ndarray]] = []
+        scores = []
+        for mask, pixels in zip(found, masks, strict=True):
+            pixels, holes = remove_small_regions(pixels, self.min_mask_region_area, "holes")
             pixels, islands = remove_small_regions(pixels, self.min_mask_region_area, "islands")
             if holes or islands:
-                mask = mask._replace(lengths=run_lengths(pixels), box=mask_box(pixels))
-            changed.append(mask)
+                mask = mask._replace(area=int(pixels.sum()), box=mask_box(pixels))
+            changed.append((mask, pixels))
             scores.append(0.0 if holes or islands else 1.0)
-        return _distinct(changed, scores, max(self.box_nms_thresh, self.crop_nms_thresh))
+        boxes = np.array([mask.box for mask, _ in changed], np.float64).reshape(-1, 4)
+        threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
+        kept = [changed[index] for index in suppress(boxes, np.array(scores), threshold)]
+        return [mask for mask, _ in kept], [pixels for _, pixels in kept]
 
-    def _record(self, mask: _Mask, size: tuple[int, int]) -> dict[str, Any]:
-        segmentation: Any
-        if self.output_mode == "binary_mask":
-            segmentation = _from_run_lengths(mask.lengths, size)
-        elif self.output_mode == "coco_rle":
-            segmentation = {"size": list(size), "counts": rle_text(mask.lengths).decode()}
-        else:
-            segmentation = {"size": list(size), "counts": mask.lengths.tolist()}
-        return {
-            "segmentation": segmentation,
-            "area": int(mask.lengths[1::2].sum()),
-            "bbox": _xywh(mask.box),
-            "predicted_iou": mask.predicted_iou,
-            "point_coords": [list(mask.point)],
-            "stability_score": mask.stability_score,
-            "crop_box": _xywh(mask.crop_box),
-        }
+
+_Measures = Callable[[], MaskMeasures]
+_Frame = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # as `transforms` takes it
+
+
+class _Call(NamedTuple):
+    """A call of the decoder for points of a photo's grid; its arrays are the device's."""
+
+    image: int
+    points: Float[np.ndarray, "P 2"]
+    frame: _Frame
+    low_res: Array
+    iou: Array
 
 
 class _Mask(NamedTuple):
-    """A mask that was found; boxes (x0, y0, x1, y1) and run lengths are the photo's."""
+    """A mask that was found; boxes (x0, y0, x1, y1) are the photo's."""
 
-    lengths: Int[np.ndarray, " runs"]
+    handle: Any
+    frame: _Frame
+    area: int
     box: Box
     predicted_iou: float
     point: tuple[float, float]
@@ -279,21 +395,6 @@ def crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> list
             box = (x, y, min(x + crop_width, width), min(y + crop_height, height))
             crops.append(Crop(box, layer))
     return crops
-
-
-def stability_score(logits: Float[np.ndarray, "height width"], offset: float) -> float:
-    """Area above the higher over area above the lower threshold; NaN where both are empty."""
-    inner = np.count_nonzero(logits > MASK_THRESHOLD + offset)
-    outer = np.count_nonzero(logits > MASK_THRESHOLD - offset)
-    return float(np.float32(inner) / np.float32(outer)) if outer else math.nan
-
-
-def mask_box(mask: Bool[np.ndarray, "height width"]) -> Box:
-    """First and last column and row of a mask, as (x0, y0, x1, y1); zeros for an empty one."""
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return (0, 0, 0, 0)
-    return int(cols[0]), int(rows[0]), int(cols[-1]), int(rows[-1])
 
 
 def suppress(
@@ -345,22 +446,37 @@ def remove_small_regions(
     return mask & ~small[regions], True
 
 
+def _ahead(items: Iterable[T]) -> Iterator[T]:
+    """Items, of which the next one has been begun whenever one is taken."""
+    begun: deque[T] = deque()
+    for item in items:
+        begun.append(item)
+        if len(begun) > 1:
+            yield begun.popleft()
+    yield from begun
+
+
+def _runs_of_crops(
+    found: list[_Mask], at_once: int | None
+) -> Iterator[tuple[Box, _Frame, list[Any]]]:
+    """Handles of masks of the same crop that follow each other, at most so many."""
+    for (crop, frame), masks in itertools.groupby(found, lambda m: (m.crop_box, m.frame)):
+        handles = [mask.handle for mask in masks]
+        step = at_once or len(handles)
+        for start in range(0, len(handles), step):
+            yield crop, frame, handles[start : start + step]
+
+
 def _distinct(found: list[_Mask], scores: Sequence[float], threshold: float) -> list[_Mask]:
     """What non-maximum suppression leaves of masks, best first."""
     boxes = np.array([mask.box for mask in found], np.float64).reshape(-1, 4)
     return [found[index] for index in suppress(boxes, np.array(scores, np.float64), threshold)]
 
 
-def _is_cut(box: Box, crop: Box, photo: Box) -> bool:
-    """Whether a side of the box is near a side of the crop that is none of the photo."""
-    sides = np.array(box)
-    near_crop = np.abs(sides - crop) <= _CROP_EDGE
-    return bool((near_crop & ~(np.abs(sides - photo) <= _CROP_EDGE)).any())
-
-
-def _from_run_lengths(lengths: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    values = np.arange(len(lengths)) % 2 == 1
-    return np.repeat(values, lengths).reshape(size[::-1]).T
+def _is_cut(boxes: Int[np.ndarray, "N 4"], crop: Box, photo: Box) -> Bool[np.ndarray, " N"]:
+    """Whether a side of a box is near a side of the crop that is none of the photo."""
+    near_crop = np.abs(boxes - np.array(crop)) <= _CROP_EDGE
+    return np.any(near_crop & ~(np.abs(boxes - np.array(photo)) <= _CROP_EDGE), axis=1)
 
 
 def _area(box: Box) -> int:

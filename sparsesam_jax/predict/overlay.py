@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ MASK_COLOURS: tuple[Colour, ...] = (
 )
 POINT_COLOURS: tuple[Colour, Colour] = ((230, 30, 30), (40, 220, 60))  # background, foreground
 BAR, DIAGONAL, SKIPPED = (0, 133, 255), (255, 194, 10), (232, 234, 238)
+_GOLDEN = (5**0.5 - 1) / 2
 _INK: Colour = (20, 20, 20)
 _PAPER: Colour = (255, 255, 255)
 
@@ -61,6 +63,25 @@ def draw_masks(
             colour = POINT_COLOURS[int(label)]
             draw.ellipse(around, fill=colour, outline=_PAPER, width=stroke)
     return picture
+
+
+def draw_all_masks(
+    image: UInt8[np.ndarray, "height width 3"], masks: Sequence[Bool[np.ndarray, "height width"]]
+) -> Image.Image:
+    """The image under many tinted masks with outlines; smaller ones lie on top."""
+    order = sorted(range(len(masks)), key=lambda index: -np.count_nonzero(masks[index]))
+    label = np.zeros(image.shape[:2], np.int32)
+    for number, index in enumerate(order):
+        label[masks[index]] = number + 1
+    # Hues a golden section apart: neighbours in size differ, however many there are.
+    hues = [colorsys.hsv_to_rgb(number * _GOLDEN % 1, 0.75, 1) for number in range(len(masks))]
+    colours = np.array([(0, 0, 0), *hues], np.float32) * 255
+    edge = np.zeros(label.shape, bool)
+    edge[1:] |= label[1:] != label[:-1]
+    edge[:, 1:] |= label[:, 1:] != label[:, :-1]
+    opaque = np.where(edge, 1, 0.5) * (label > 0)
+    pixels = image + opaque[..., None].astype(np.float32) * (colours[label] - image)
+    return Image.fromarray(np.round(pixels).astype(np.uint8))
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:

@@ -19,16 +19,17 @@ from pycocotools import mask as coco  # noqa: E402
 from skimage import data  # noqa: E402
 
 from sparsesam_jax import Sam as OurSam  # noqa: E402
-from sparsesam_jax import SamPredictor  # noqa: E402
+from sparsesam_jax import SamPredictor, Sparsity  # noqa: E402
 from sparsesam_jax.checkpoints.sources import locate  # noqa: E402
-from sparsesam_jax.predict import automatic_masks  # noqa: E402
+from sparsesam_jax.model.transforms import mask_box  # noqa: E402
+from sparsesam_jax.predict import automatic_masks, device_transforms, mask_pool  # noqa: E402
 from sparsesam_jax.predict import predictor as predictor_module  # noqa: E402
 from sparsesam_jax.predict.automatic_masks import AutomaticMaskGenerator  # noqa: E402
 from sparsesam_jax.segment_anything import SamAutomaticMaskGenerator  # noqa: E402
 from sparsesam_jax.segment_anything.sam import Sam  # noqa: E402
 
 # Random weights: small logits and low thresholds, or nothing would remain of the masks.
-LOOSE = {
+LOOSE: dict[str, Any] = {
     "points_per_side": 3,
     "pred_iou_thresh": 0.3,
     "stability_score_thresh": 0.5,
@@ -41,6 +42,13 @@ def models(tmp_path_factory) -> tuple[Sam, Any]:
     folder = tmp_path_factory.mktemp("automatic")
     weights = random_weights(folder / "small.safetensors")
     return Sam(OurSam.from_pretrained(weights)), meta_sam(weights, folder)
+
+
+@pytest.fixture(autouse=True)
+def small_programs(monkeypatch) -> None:
+    """Those of a device measure 65536 rows of masks at once, which takes a CPU a while."""
+    monkeypatch.setattr(device_transforms, "MEASURED_ROWS", 2**11)
+    monkeypatch.setattr(device_transforms, "MEASURED_WIDTHS", 2**13)
 
 
 @pytest.fixture
@@ -101,17 +109,18 @@ def check_records(mine: list[dict], metas: list[dict]) -> None:
         },
         {"min_mask_region_area": 60},
         {"points_per_side": None, "point_grids": [np.array([[0.2, 0.3], [0.9, 0.5]])]},
-        {"points_per_batch": 4},
+        {"points_per_batch": 2},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
 @pytest.mark.parametrize("size", [(90, 120), (150, 70)], ids=str)
 def test_records_are_metas(models, cv2, options: dict, size: tuple[int, int], monkeypatch):
     monkeypatch.setattr(predictor_module, "PROMPTS_ON_CPU", 4)  # a chunk that is not full
-    image = photo(*size)
-    mine = SamAutomaticMaskGenerator(models[0], **LOOSE | options).generate(image)
-    metas = import_meta().SamAutomaticMaskGenerator(models[1], **LOOSE | options).generate(image)
-    check_records(mine, metas)
+    image, options = photo(*size), {"points_per_batch": 4} | LOOSE | options
+    metas = import_meta().SamAutomaticMaskGenerator(models[1], **options).generate(image)
+    check_records(SamAutomaticMaskGenerator(models[0], **options).generate(image), metas)
+    on_device = SamPredictor(models[0].sam, transforms="device")
+    check_records(AutomaticMaskGenerator(on_device, **options).generate(image), metas)
 
 
 def test_a_trained_model_on_a_photo(tmp_path):
@@ -123,14 +132,18 @@ def test_a_trained_model_on_a_photo(tmp_path):
     check_records(mine, import_meta().SamAutomaticMaskGenerator(model, **options).generate(image))
 
 
+@pytest.mark.parametrize("transforms", ["host", "device"])
+@pytest.mark.parametrize("crops", [0, 1])
 @pytest.mark.parametrize("mode", ["uncompressed_rle", "coco_rle"])
-def test_output_modes(models, mode: str):
-    image = photo(90, 120)
-    plain = SamAutomaticMaskGenerator(models[0], **LOOSE).generate(image)
-    mine = SamAutomaticMaskGenerator(models[0], output_mode=mode, **LOOSE).generate(image)
+def test_output_modes(models, mode: str, crops: int, transforms: Any):
+    image, options = photo(90, 128), LOOSE | {"crop_n_layers": crops}
+    predictor = SamPredictor(models[0].sam, transforms=transforms)
+    plain = AutomaticMaskGenerator(predictor, **options).generate(image)
+    mine = AutomaticMaskGenerator(predictor, output_mode=mode, **options).generate(image)  # pyright: ignore
     metas = import_meta().SamAutomaticMaskGenerator(models[1], output_mode=mode, **LOOSE)
     kinds = {type(r["segmentation"]["counts"]) for r in metas.generate(image)}
     for record, expected in zip(mine, plain, strict=True):
+        assert record["area"] == expected["segmentation"].sum()
         run = json.loads(json.dumps(record))["segmentation"]
         assert kinds == {type(run["counts"])}
         if mode == "uncompressed_rle":
@@ -143,6 +156,78 @@ def test_nothing_found(models):
     for more in ({}, {"min_mask_region_area": 9}):
         generator = AutomaticMaskGenerator(SamPredictor(models[0].sam), **options, **more)
         assert generator.generate(photo(60, 60)) == []
+
+
+@pytest.mark.parametrize("padding", ["square", "crop"])
+@pytest.mark.parametrize("transforms", ["host", "device"])
+def test_several_photos(models, transforms: Any, padding: Any):
+    """As one by one, with a sparse encoder and photos of any sizes."""
+    sam = models[0].sam.with_sparsity(Sparsity(0.5))
+    predictor = SamPredictor(sam, transforms=transforms, padding=padding)
+    generator = AutomaticMaskGenerator(predictor, **LOOSE, crop_n_layers=1)
+    assert generator.generate_batch([]) == []
+    # With crop, photos of one shape: a batch shares its grid.
+    images = [photo(64, 128), photo(32, 64)] if padding == "crop" else [photo(90, 60), photo(9, 40)]
+    found = generator.generate_batch(images)
+    for records, image in zip(found, images, strict=True):
+        check_records(records, generator.generate(image))
+        assert all(record["segmentation"].shape == image.shape[:2] for record in records)
+
+
+@pytest.mark.parametrize("transforms", ["host", "device"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3, 2)], ids=str)
+def test_tiny_photos(models, size: tuple[int, int], transforms: Any):
+    options = LOOSE | {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
+    image = np.full((*size, 3), 200, np.uint8)
+    metas = import_meta().SamAutomaticMaskGenerator(models[1], **options).generate(image)
+    predictor = SamPredictor(models[0].sam, transforms=transforms)
+    mine = AutomaticMaskGenerator(predictor, **options).generate(image)
+    assert {tuple(record["bbox"]) for record in mine} == {tuple(r["bbox"]) for r in metas}
+    assert len(mine) == len(metas)
+
+
+@pytest.mark.parametrize("transforms", ["host", "device"])
+def test_a_photo_of_48_megapixels(models, transforms: Any):
+    """Its masks are those of the same photo at a tenth, where it is as coarse as that."""
+    small = photo(60, 80)
+    predictor = SamPredictor(models[0].sam, transforms=transforms)
+    options = LOOSE | {"points_per_side": 1, "box_nms_thresh": 1.0}
+    few = AutomaticMaskGenerator(predictor, **options, output_mode="coco_rle")
+    large = np.repeat(np.repeat(small, 100, 0), 100, 1)
+    found, expected = few.generate(large), few.generate(small)
+    assert len(found) == len(expected) > 0
+    for record, other in zip(found, expected, strict=True):
+        assert record["segmentation"]["size"] == [6000, 8000]
+        assert coco.area(record["segmentation"]) == record["area"]
+        assert abs(record["area"] / 1e4 - other["area"]) < 0.05 * small.size / 3
+        assert abs(record["stability_score"] - other["stability_score"]) < 0.1
+
+
+def test_equal_masks(models):
+    """Of prompts that say the same one mask remains of each kind, as at Meta's."""
+    options = LOOSE | {"points_per_side": None, "point_grids": [np.full((5, 2), 0.4)]}
+    image = photo(90, 120)
+    metas = import_meta().SamAutomaticMaskGenerator(models[1], **options).generate(image)
+    for transforms in ("host", "device"):
+        predictor = SamPredictor(models[0].sam, transforms=transforms)
+        mine = AutomaticMaskGenerator(predictor, **options).generate(image)
+        check_records(mine, metas)
+        assert len(mine) <= 3
+
+
+def test_many_masks_in_pools(models, monkeypatch):
+    """More masks than a pool holds, and more than are taken at once, are the host's too."""
+    monkeypatch.setattr(mask_pool, "POOL", 5)
+    monkeypatch.setattr(mask_pool.DevicePool, "at_once", 3)
+    options = LOOSE | {"box_nms_thresh": 1.0, "pred_iou_thresh": 0.0, "crop_n_layers": 1}
+    image = photo(90, 120)
+    found = [
+        AutomaticMaskGenerator(SamPredictor(models[0].sam, transforms=transforms), **options)
+        for transforms in ("device", "host")
+    ]
+    mine, expected = (generator.generate(image) for generator in found)
+    assert len(mine) > 20
+    check_records(mine, expected)
 
 
 @pytest.mark.parametrize(
@@ -193,4 +278,4 @@ def test_parts_are_metas(cv2):
             np.testing.assert_array_equal(got[0], want[0])
             assert got[1] == want[1]
         box = amg.batched_mask_to_box(torch.tensor(mask)[None])[0].tolist()
-        assert list(automatic_masks.mask_box(mask)) == box
+        assert list(mask_box(mask)) == box
