@@ -15,6 +15,13 @@ PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
 MASK_THRESHOLD = 0.0
 
+# Masks at the photo's size: booleans, logits, or eight pixels a byte.
+ResizedMasks = (
+    Bool[np.ndarray, "count K height width"]
+    | Float[np.ndarray, "count K height width"]
+    | UInt8[np.ndarray, "count K height bytes"]
+)
+
 
 def resized_shape(height: int, width: int, long_side: int) -> tuple[int, int]:
     """Height and width after scaling the longest side to `long_side`, rounded as SAM does."""
@@ -133,7 +140,9 @@ def resize_masks(
     original_size: tuple[int, int],
     *,
     return_logits: bool = False,
-) -> Bool[np.ndarray, "count K height width"] | Float[np.ndarray, "count K height width"]:
+    packed: bool = False,
+    out: np.ndarray | None = None,
+) -> ResizedMasks:
     """Masks of some prompts at the photo's size, on the host.
 
     Args:
@@ -143,14 +152,20 @@ def resize_masks(
         input_size: As for `mask_resize_matrices`.
         original_size: As for `mask_resize_matrices`.
         return_logits: Whether to return float32 logits instead of booleans.
+        packed: Whether to return eight pixels of a row a byte, the first in its highest bit.
+        out: Where to write them, [count, K, height, width or bytes]; None is a new array.
     """
     planes = np.asarray(low_res).reshape(-1, *low_res.shape[-3:])
-    dtype = np.float32 if return_logits else np.bool_
-    out = np.empty((len(prompts), planes.shape[1], *original_size), dtype)
+    height, width = original_size
+    dtype = np.float32 if return_logits else np.uint8 if packed else np.bool_
+    row = -(-width // 8) if packed else width
+    if out is None:
+        out = np.empty((len(prompts), planes.shape[1], height, row), dtype)
     # Prompt by prompt, so that only one prompt's logits exist at the photo's size.
     for masks, prompt in zip(out, prompts, strict=True):
         logits = resize_mask_logits(planes[prompt], image_size, input_size, original_size)
-        masks[:] = logits if return_logits else logits > MASK_THRESHOLD
+        inside = logits if return_logits else logits > MASK_THRESHOLD
+        masks[:] = np.packbits(inside, axis=-1) if packed else inside
     return out
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsesam_jax.predict.mask_formats import MaskFormat, format_masks
+from sparsesam_jax.predict.mask_formats import MaskFormat, RunLengths, encode_rle
 from sparsesam_jax.predict.prompt_arrays import PromptArrays, power_of_two
 
 # Masks, scores and logits; masks are lists of run lengths if that is wanted.
@@ -51,36 +51,42 @@ class Result:
         size: tuple[int, int],
         low_res: tuple[int, int],
         mask_format: MaskFormat,
+        return_logits: bool,
     ):
+        height, width = size
+        dtype = np.float32 if return_logits else np.bool_
+        if mask_format == "packed":
+            width, dtype = -(-width // 8), np.uint8
+        self._shapes = ((masks, height, width), (masks,), (masks, *low_res))
+        self._dtypes = (dtype, np.float32, np.float32)
         self._prompts = prompts
-        self._format: MaskFormat = mask_format
-        self._shapes = ((prompts, masks, *size), (prompts, masks), (prompts, masks, *low_res))
-        self._runs: list[Any] = []
+        self._runs: list[list[RunLengths]] | None = [] if mask_format == "rle" else None
         self._arrays: list[np.ndarray | None] = [None, None, None]
 
-    def put(self, start: int, masks: np.ndarray, iou: np.ndarray, low_res: np.ndarray) -> None:
-        """Add the prompts from `start` on, behind those that are there."""
-        parts = [format_masks(masks, self._format), iou, low_res]
-        for field, part in enumerate(parts):
-            if isinstance(part, list):
-                self._runs += part
-            elif len(part) == self._prompts:
-                self._arrays[field] = part
-            else:
-                whole = self._arrays[field]
-                if whole is None:
-                    whole = np.empty((self._prompts, *part.shape[1:]), part.dtype)
-                    self._arrays[field] = whole
-                whole[start : start + len(part)] = part
+    def room(self, start: int, count: int) -> np.ndarray | None:
+        """Where the masks of these prompts are to be written; None: in an array of their own."""
+        if self._runs is not None or count == self._prompts:
+            return None
+        return self._whole(0)[start : start + count]
 
-    def arrays(self, return_logits: bool) -> Masks:
+    def put(self, start: int, masks: np.ndarray, iou: np.ndarray, low_res: np.ndarray) -> None:
+        """Add the prompts from `start` on; their masks lie in their `room` already, if any."""
+        if self._runs is not None:
+            self._runs += [[encode_rle(mask) for mask in prompt] for prompt in masks]
+        if len(iou) == self._prompts:
+            self._arrays = [masks, iou, low_res]
+            return
+        for field, part in ((1, iou), (2, low_res)):
+            self._whole(field)[start : start + len(part)] = part
+
+    def arrays(self) -> Masks:
         """What `SamPredictor.predict` returns for P prompts."""
-        dtypes = (np.float32 if return_logits else np.bool_, np.float32, np.float32)
-        masks, iou, low_res = (
-            np.empty(shape, dtype) if array is None else array
-            for shape, dtype, array in zip(self._shapes, dtypes, self._arrays, strict=True)
-        )
-        if self._format == "rle":
-            return self._runs, iou, low_res
-        # Of no prompts nothing was put in, whatever the format.
-        return (masks if self._prompts else format_masks(masks, self._format)), iou, low_res
+        masks = self._whole(0) if self._runs is None else self._runs
+        return masks, self._whole(1), self._whole(2)
+
+    def _whole(self, field: int) -> np.ndarray:
+        array = self._arrays[field]
+        if array is None:
+            array = np.empty((self._prompts, *self._shapes[field]), self._dtypes[field])
+            self._arrays[field] = array
+        return array

@@ -2,14 +2,18 @@
 
 A program for every size of photo would be compiled for every new one. So photos and masks travel as
 flat arrays of a few lengths, their sides are numbers that the programs read, and what depends on a
-side comes as tables. At SAM's 1024, all photos of up to 4096 pixels a side share five programs, and
-their masks four.
+side comes as tables. At SAM's 1024, all photos of up to 4096 pixels a side share three programs,
+and their masks five.
+
+A photo travels in pieces, which are views of it, so that the host copies no pixels but the last
+piece's and sends hardly more than there are.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,13 +22,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 from sparsesam_jax.model import transforms as host_transforms
-from sparsesam_jax.model.transforms import MASK_THRESHOLD, mask_resize_matrices, resized_shape
+from sparsesam_jax.model.transforms import (
+    MASK_THRESHOLD,
+    ResizedMasks,
+    mask_resize_matrices,
+    resized_shape,
+)
 
 _BITS = 22  # of Pillow's fixed-point weights behind the point
 _INDICES = 2**31  # what the programs count in
+_PIECES = 16  # that the largest photo of a program comes in
 # Pixels of the masks that one program makes, the least that holds them; more take several calls.
 # The steps are where usual photos lie: three masks of 1200 x 1800 pixels are 6.5 million.
-_MASK_PIXELS = (2**20, 2**23, 2**24, 2**26)
+_MASK_PIXELS = (2**20, 7 * 2**20, 2**24, 2**25, 2**26)
 _MASK_TAPS = 3  # two neighbours of the padded input, each between two of four times coarser logits
 _MASK_SIDE = 4096  # what a photo's side is rounded up to, and to four times that, and so on
 
@@ -70,6 +80,8 @@ def resize_and_pad(
 ) -> tuple[UInt8[Array, "image_size image_size 3"], tuple[int, int]]:
     """`transforms.resize_and_pad` on the device, with the same pixels to the bit.
 
+    The image may be read until the result is there: nobody may write to it before.
+
     Pillow 13 begins with the other axis where it scales a photo down that is more than twice as
     high as wide: there a few pixels are one level off.
     """
@@ -82,14 +94,9 @@ def resize_and_pad(
     if 3 * side**2 >= _INDICES:
         padded, resized = host_transforms.resize_and_pad(image, image_size)
         return jax.device_put(padded), resized
-    rows, cols = (_padded(axis, image_size, taps) for axis in axes)
-    area = 3 * side**2
-    # Those that are larger than the input are sent as 16:9 or as a square.
-    length = area * 9 // 16 if side > image_size and image.size <= area * 9 // 16 else area
-    flat = np.empty(length, np.uint8)
-    flat[: image.size] = image.reshape(-1)
     sides = np.array([image.shape[1], height, width], np.int32)
-    return _resize(flat, rows, cols, sides, num_rows=side), (height, width)
+    pieces = _pieces(image.reshape(-1), -(-3 * side**2 // _PIECES))
+    return _resize(pieces, _table(axes, image_size, taps), sides, num_rows=side), (height, width)
 
 
 def resize_masks(
@@ -100,58 +107,92 @@ def resize_masks(
     original_size: tuple[int, int],
     *,
     return_logits: bool = False,
-) -> Bool[np.ndarray, "count K height width"] | Float[np.ndarray, "count K height width"]:
-    """`transforms.resize_masks` on the device; the result is on the host, pinned and read-only."""
+    packed: bool = False,
+    out: np.ndarray | None = None,
+) -> ResizedMasks:
+    """`transforms.resize_masks` on the device.
+
+    The result is on the host; in pinned memory and read-only, unless it goes to `out`.
+    """
     *_, masks, low_height, low_width = low_res.shape
-    rows, cols = _mask_taps((low_height, low_width), image_size, input_size, original_size)
-    plane = math.prod(original_size)
+    table = _mask_table((low_height, low_width), image_size, input_size, original_size)
+    height, width = original_size
+    pixels = 8 if packed else 1  # of an element
+    row = -(-width // pixels)
+    plane = height * row
     total = len(prompts) * masks * plane
-    length = next((length for length in _MASK_PIXELS if length >= total), _MASK_PIXELS[-1])
+    lengths = [length // pixels for length in _MASK_PIXELS]
+    length = next((length for length in lengths if length >= total), lengths[-1])
     parts = []
     for start in range(0, total, length):
-        mask, pixel = divmod(start, plane)
-        place = np.array([prompts.start * masks + mask, pixel, *original_size], np.int32)
-        options = {"length": length, "return_logits": return_logits}
-        parts.append(pinned(_resize_flat(low_res, rows, cols, place, **options)))
-    arrays = [np.asarray(part) for part in parts]
-    flat = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    return flat[:total].reshape(len(prompts), masks, *original_size)
+        mask, element = divmod(start, plane)
+        place = np.array([prompts.start * masks + mask, element, height, width], np.int32)
+        options = {"length": length, "return_logits": return_logits, "packed": packed}
+        parts.append(_resize_flat(low_res, table, place, **options))
+    parts = pinned(parts)
+    shape = (len(prompts), masks, height, row)
+    if out is None and len(parts) == 1:
+        return np.asarray(parts[0])[:total].reshape(shape)
+    if out is None:
+        out = np.empty(shape, parts[0].dtype)
+    flat = out.reshape(-1)
+    for start, part in zip(range(0, total, length), parts, strict=True):
+        flat[start : start + length] = np.asarray(part)[: total - start]
+    return out
 
 
-def pinned(x: Array) -> Array:
-    """The array in the host's pinned memory, which numpy views as it is.
+def pinned(arrays: list[Array]) -> list[Array]:
+    """The arrays in the host's pinned memory, which numpy views as it is.
 
     A pageable copy of 30 masks of 1200 x 1800 pixels takes 18 to 50 ms on an H200's host, this 2.
     """
-    return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+    return jax.device_put(arrays, [x.sharding.with_memory_kind("pinned_host") for x in arrays])
 
 
-def _padded(axis: Taps, outputs: int, taps: int) -> Taps:
-    """The same with more outputs, which are zero, and more taps, which weigh nothing."""
-    first, weights = axis
-    extra = outputs - len(first)
-    more = taps - weights.shape[1]
-    return Taps(np.pad(first, (0, extra)), np.pad(weights, ((0, extra), (0, more))))
+def _pieces(flat: UInt8[np.ndarray, " pixels"], length: int) -> list[UInt8[Array, " length"]]:
+    """All pixels on the device in `_PIECES` pieces; behind the last pixel they are any."""
+    pieces = [flat[start : start + length] for start in range(0, len(flat), length)]
+    last = np.empty(length, np.uint8)
+    last[: len(pieces[-1])] = pieces[-1]
+    sent = jax.device_put([*pieces[:-1], last])
+    return sent + sent[:1] * (_PIECES - len(sent))
+
+
+def _table(axes: Sequence[Taps], outputs: int, taps: int) -> Num[np.ndarray, "2 outputs 1+taps"]:
+    """Rows and columns as one array, which travels at once: `first`, then `weights`.
+
+    More outputs are zero, and more taps weigh nothing.
+    """
+    table = np.zeros((2, outputs, 1 + taps), axes[0].weights.dtype)
+    for axis, (first, weights) in zip(table, axes, strict=True):
+        axis[: len(first), 0] = first
+        axis[: len(first), 1 : 1 + weights.shape[1]] = weights
+    return table
 
 
 @functools.lru_cache(maxsize=256)
-def _mask_taps(*frame: tuple[int, int]) -> tuple[Taps, Taps]:
+def _mask_table(*frame: tuple[int, int]) -> Float[np.ndarray, "2 outputs 1+taps"]:
     axes = [matrix_taps(matrix) for matrix in mask_resize_matrices(*frame)]
     side = _MASK_SIDE
     while side < max(len(axis.first) for axis in axes):
         side *= 4
-    taps = max(_MASK_TAPS, *(axis.weights.shape[1] for axis in axes))
-    rows, cols = (_padded(axis, side, taps) for axis in axes)
-    return rows, cols
+    return _table(axes, side, max(_MASK_TAPS, *(axis.weights.shape[1] for axis in axes)))
+
+
+def _axes(table: Num[Array, "2 outputs 1+taps"]) -> list[Taps]:
+    return [Taps(axis[:, 0].astype(jnp.int32), axis[:, 1:]) for axis in table]
 
 
 @functools.partial(jax.jit, static_argnames="num_rows")
 def _resize(
-    flat: Array, rows: Taps, cols: Taps, sides: Array, *, num_rows: int
+    pieces: list[Array], table: Array, sides: Array, *, num_rows: int
 ) -> UInt8[Array, "outputs outputs 3"]:
     """Columns first and rounded to whole levels between the axes, as Pillow does."""
+    rows, cols = _axes(table)
     width, inner_height, inner_width = sides
     outputs, channel = len(rows.first), jnp.arange(3)
+    # Else XLA would look for the piece of every pixel that it reads.
+    flat = jax.lax.optimization_barrier(jnp.concatenate(pieces))
 
     def level(total: Array) -> Array:
         return jnp.clip((total + (1 << (_BITS - 1))) >> _BITS, 0, 255)
@@ -172,22 +213,35 @@ def _resize(
     return jnp.where(inside[..., None], level(total), 0).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames=("length", "return_logits"))
+@functools.partial(jax.jit, static_argnames=("length", "return_logits", "packed"))
 def _resize_flat(
-    low_res: Array, rows: Taps, cols: Taps, start: Array, *, length: int, return_logits: bool
-) -> Bool[Array, " length"] | Float[Array, " length"]:
-    """The masks from a pixel of one on, one after the other; behind the last there is no mask."""
-    first_mask, first_pixel, height, width = start
+    low_res: Array, table: Array, start: Array, *, length: int, return_logits: bool, packed: bool
+) -> Bool[Array, " length"] | Float[Array, " length"] | UInt8[Array, " length"]:
+    """The masks from an element of one on, one after the other; behind the last there is no mask.
+
+    An element is a pixel, or a byte of eight if they are packed, of which a row has whole ones.
+    """
+    rows, cols = _axes(table)
+    first_mask, first_element, height, width = start
     *_, low_height, low_width = low_res.shape
-    place, plane = first_pixel + jnp.arange(length), height * width
+    row = (width + 7) // 8 if packed else width
+    place, plane = first_element + jnp.arange(length), height * row
     mask, inner = first_mask + jax.lax.div(place, plane), jax.lax.rem(place, plane)
-    y, x = jax.lax.div(inner, width), jax.lax.rem(inner, width)
+    y, x = jax.lax.div(inner, row), jax.lax.rem(inner, row)
+    if packed:
+        mask, y, x = mask[:, None], y[:, None], 8 * x[:, None] + jnp.arange(8)
     corner = (mask * low_height + rows.first[y]) * low_width + cols.first[x]
     flat = low_res.reshape(-1)
     total = jnp.zeros((), jnp.float32)
     for i in range(rows.weights.shape[1]):
-        row = jnp.zeros((), jnp.float32)
+        across = jnp.zeros((), jnp.float32)
         for j in range(cols.weights.shape[1]):
-            row += cols.weights[:, j][x] * flat.at[corner + i * low_width + j].get(mode="clip")
-        total += rows.weights[:, i][y] * row
-    return total if return_logits else total > MASK_THRESHOLD
+            across += cols.weights[:, j][x] * flat.at[corner + i * low_width + j].get(mode="clip")
+        total += rows.weights[:, i][y] * across
+    if return_logits:
+        return total
+    inside = total > MASK_THRESHOLD
+    if not packed:
+        return inside
+    bits = jnp.where(inside & (x < width), 128 >> jnp.arange(8), 0)
+    return bits.sum(1).astype(jnp.uint8)

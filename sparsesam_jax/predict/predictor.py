@@ -189,6 +189,8 @@ class SamPredictor:
             sizes.append(ImageSizes((image.shape[0], image.shape[1]), resized))
         # One assignment, so that no thread ever sees one image's features with another's size.
         self._embedding = self._embed(padded, sizes)
+        # From here on the images may be written to: until now the device may have read them.
+        jax.block_until_ready(padded)
 
     def embed_resized_images(
         self,
@@ -365,13 +367,22 @@ class SamPredictor:
         num_masks = config.masks_per_prompt(multimask_output)
         patch = config.image_encoder.patch_size
         results = [
-            Result(a.num_prompts, num_masks, sizes.original, (4 * rows, 4 * cols), mask_format)
+            Result(
+                a.num_prompts,
+                num_masks,
+                sizes.original,
+                (4 * rows, 4 * cols),
+                mask_format,
+                return_logits,
+            )
             for a, sizes in zip(arrays, embedding.sizes, strict=True)
         ]
 
         def store(call: Call, low_res: Array, iou: Array) -> None:
-            logits = device_transforms.pinned(low_res) if self.on_device else low_res
-            host_logits, host_iou = np.asarray(logits), np.asarray(iou)
+            # The masks' programs are under way before anything of this call is waited for.
+            logits, scores = (
+                device_transforms.pinned([low_res, iou]) if self.on_device else (low_res, iou)
+            )
             for place in range(call.images):
                 image = call.image + place
                 stop = min(call.start + call.prompts, arrays[image].num_prompts)
@@ -384,11 +395,14 @@ class SamPredictor:
                     (rows * patch, cols * patch),
                     *embedding.sizes[image][::-1],
                     return_logits=return_logits,
+                    packed=mask_format == "packed",
+                    out=results[image].room(call.start, count),
                 )
-                own = host_logits[place, :count]
+                own = np.asarray(logits)[place, :count]
                 # Arrays of the host are the caller's, to be written to; JAX's are nobody's.
                 own = own if self.on_device else own.copy()
-                results[image].put(call.start, masks, host_iou[place, :count].copy(), own)
+                own_scores = np.asarray(scores)[place, :count].copy()
+                results[image].put(call.start, masks, own_scores, own)
 
         length = max([MIN_POINTS, *(power_of_two(a.labels.shape[1]) for a in arrays)])
         pending = None  # one call is decoded while the masks of the last come to the host
@@ -410,7 +424,7 @@ class SamPredictor:
             pending = call, low_res, iou
         if pending is not None:
             store(*pending)
-        return [result.arrays(return_logits) for result in results]
+        return [result.arrays() for result in results]
 
     @property
     def transforms(self) -> Any:
