@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,16 @@ PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
 MASK_THRESHOLD = 0.0
 
-# Masks at the photo's size: booleans, logits, or eight pixels a byte.
+# Eight pixels a byte. `rows`: of a row, the first in its highest bit, as `np.packbits` does it.
+# `columns`: of a column, the first in its lowest bit; a column ends with at least one zero bit, so
+# that every run of ones ends in it, and has a multiple of eight bytes.
+Packing = Literal["rows", "columns"]
+
+# Masks at the photo's size: booleans, logits, or packed.
 ResizedMasks = (
     Bool[np.ndarray, "count K height width"]
     | Float[np.ndarray, "count K height width"]
-    | UInt8[np.ndarray, "count K height bytes"]
+    | UInt8[np.ndarray, "count K lines bytes"]
 )
 
 
@@ -140,7 +146,7 @@ def resize_masks(
     original_size: tuple[int, int],
     *,
     return_logits: bool = False,
-    packed: bool = False,
+    packing: Packing | None = None,
     out: np.ndarray | None = None,
 ) -> ResizedMasks:
     """Masks of some prompts at the photo's size, on the host.
@@ -152,21 +158,35 @@ def resize_masks(
         input_size: As for `mask_resize_matrices`.
         original_size: As for `mask_resize_matrices`.
         return_logits: Whether to return float32 logits instead of booleans.
-        packed: Whether to return eight pixels of a row a byte, the first in its highest bit.
-        out: Where to write them, [count, K, height, width or bytes]; None is a new array.
+        packing: How to return eight pixels a byte; None is a pixel an element.
+        out: Where to write them, [count, K, *mask_shape(original_size, packing)]; None is a new
+            array.
     """
     planes = np.asarray(low_res).reshape(-1, *low_res.shape[-3:])
-    height, width = original_size
-    dtype = np.float32 if return_logits else np.uint8 if packed else np.bool_
-    row = -(-width // 8) if packed else width
+    dtype = np.float32 if return_logits else np.uint8 if packing else np.bool_
+    shape = mask_shape(original_size, packing)
     if out is None:
-        out = np.empty((len(prompts), planes.shape[1], height, row), dtype)
+        out = np.empty((len(prompts), planes.shape[1], *shape), dtype)
     # Prompt by prompt, so that only one prompt's logits exist at the photo's size.
     for masks, prompt in zip(out, prompts, strict=True):
         logits = resize_mask_logits(planes[prompt], image_size, input_size, original_size)
         inside = logits if return_logits else logits > MASK_THRESHOLD
-        masks[:] = np.packbits(inside, axis=-1) if packed else inside
+        if packing == "columns":
+            lines = np.zeros((len(inside), shape[0], 8 * shape[1]), bool)
+            lines[..., : original_size[0]] = inside.swapaxes(1, 2)
+            inside = np.packbits(lines, axis=-1, bitorder="little")
+        elif packing == "rows":
+            inside = np.packbits(inside, axis=-1)
+        masks[:] = inside
     return out
+
+
+def mask_shape(size: tuple[int, int], packing: Packing | None) -> tuple[int, int]:
+    """Lines of a mask of this height and width, and elements of a line: pixels, or bytes."""
+    height, width = size
+    if packing == "columns":
+        return width, 8 * (height // 64 + 1)
+    return height, -(-width // 8) if packing else width
 
 
 @functools.lru_cache(maxsize=256)

@@ -24,10 +24,13 @@ from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 from sparsesam_jax.model import transforms as host_transforms
 from sparsesam_jax.model.transforms import (
     MASK_THRESHOLD,
+    Packing,
     ResizedMasks,
     mask_resize_matrices,
+    mask_shape,
     resized_shape,
 )
+from sparsesam_jax.predict.copying import copy
 
 _BITS = 22  # of Pillow's fixed-point weights behind the point
 _INDICES = 2**31  # what the programs count in
@@ -107,7 +110,7 @@ def resize_masks(
     original_size: tuple[int, int],
     *,
     return_logits: bool = False,
-    packed: bool = False,
+    packing: Packing | None = None,
     out: np.ndarray | None = None,
 ) -> ResizedMasks:
     """`transforms.resize_masks` on the device.
@@ -116,28 +119,27 @@ def resize_masks(
     """
     *_, masks, low_height, low_width = low_res.shape
     table = _mask_table((low_height, low_width), image_size, input_size, original_size)
-    height, width = original_size
-    pixels = 8 if packed else 1  # of an element
-    row = -(-width // pixels)
-    plane = height * row
+    lines, line = mask_shape(original_size, packing)
+    pixels = 8 if packing else 1  # of an element
+    plane = lines * line
     total = len(prompts) * masks * plane
     lengths = [length // pixels for length in _MASK_PIXELS]
     length = next((length for length in lengths if length >= total), lengths[-1])
     parts = []
     for start in range(0, total, length):
         mask, element = divmod(start, plane)
-        place = np.array([prompts.start * masks + mask, element, height, width], np.int32)
-        options = {"length": length, "return_logits": return_logits, "packed": packed}
+        place = np.array([prompts.start * masks + mask, element, *original_size, line], np.int32)
+        options = {"length": length, "return_logits": return_logits, "packing": packing}
         parts.append(_resize_flat(low_res, table, place, **options))
     parts = pinned(parts)
-    shape = (len(prompts), masks, height, row)
+    shape = (len(prompts), masks, lines, line)
     if out is None and len(parts) == 1:
         return np.asarray(parts[0])[:total].reshape(shape)
     if out is None:
         out = np.empty(shape, parts[0].dtype)
     flat = out.reshape(-1)
     for start, part in zip(range(0, total, length), parts, strict=True):
-        flat[start : start + length] = np.asarray(part)[: total - start]
+        copy(flat[start : start + length], np.asarray(part)[: total - start])
     return out
 
 
@@ -213,23 +215,32 @@ def _resize(
     return jnp.where(inside[..., None], level(total), 0).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames=("length", "return_logits", "packed"))
+@functools.partial(jax.jit, static_argnames=("length", "return_logits", "packing"))
 def _resize_flat(
-    low_res: Array, table: Array, start: Array, *, length: int, return_logits: bool, packed: bool
+    low_res: Array,
+    table: Array,
+    start: Array,
+    *,
+    length: int,
+    return_logits: bool,
+    packing: Packing | None,
 ) -> Bool[Array, " length"] | Float[Array, " length"] | UInt8[Array, " length"]:
     """The masks from an element of one on, one after the other; behind the last there is no mask.
 
-    An element is a pixel, or a byte of eight if they are packed, of which a row has whole ones.
+    An element is a pixel, or a byte of eight if they are packed, of which a line has whole ones.
     """
     rows, cols = _axes(table)
-    first_mask, first_element, height, width = start
+    first_mask, first_element, height, width, line = start
     *_, low_height, low_width = low_res.shape
-    row = (width + 7) // 8 if packed else width
-    place, plane = first_element + jnp.arange(length), height * row
+    lines, across = (width, height) if packing == "columns" else (height, width)
+    place, plane = first_element + jnp.arange(length), lines * line
     mask, inner = first_mask + jax.lax.div(place, plane), jax.lax.rem(place, plane)
-    y, x = jax.lax.div(inner, row), jax.lax.rem(inner, row)
-    if packed:
+    y, x = jax.lax.div(inner, line), jax.lax.rem(inner, line)
+    if packing:
         mask, y, x = mask[:, None], y[:, None], 8 * x[:, None] + jnp.arange(8)
+    real = x < across
+    if packing == "columns":
+        y, x = x, y
     corner = (mask * low_height + rows.first[y]) * low_width + cols.first[x]
     flat = low_res.reshape(-1)
     total = jnp.zeros((), jnp.float32)
@@ -241,7 +252,8 @@ def _resize_flat(
     if return_logits:
         return total
     inside = total > MASK_THRESHOLD
-    if not packed:
+    if packing is None:
         return inside
-    bits = jnp.where(inside & (x < width), 128 >> jnp.arange(8), 0)
+    bits = 1 << jnp.arange(8)
+    bits = jnp.where(inside & real, bits if packing == "columns" else bits[::-1], 0)
     return bits.sum(1).astype(jnp.uint8)

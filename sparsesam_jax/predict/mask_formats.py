@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal, TypedDict, get_args
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 
 MaskFormat = Literal["binary", "packed", "rle"]
 
@@ -39,12 +39,46 @@ def encode_rle(mask: Bool[np.ndarray, "height width"]) -> RunLengths:
     return {"size": list(mask.shape), "counts": rle_text(run_lengths(mask))}
 
 
+def encode_packed(packed: UInt8[np.ndarray, "width bytes"], size: tuple[int, int]) -> RunLengths:
+    """The same of a mask packed by `columns`, see `transforms.Packing`."""
+    return {"size": list(size), "counts": rle_text(packed_run_lengths(packed, size, (0, 0)))}
+
+
 def run_lengths(mask: Bool[np.ndarray, "height width"]) -> Int[np.ndarray, " runs"]:
     """Lengths of the runs of a mask, column after column; the first is one of zeros."""
     flat = mask.T.reshape(-1)
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     start = [0, 0] if flat.size and flat[0] else [0]
     return np.diff(np.concatenate([start, changes, [flat.size]]))
+
+
+def packed_run_lengths(
+    packed: UInt8[np.ndarray, "width bytes"], size: tuple[int, int], corner: tuple[int, int]
+) -> Int[np.ndarray, " runs"]:
+    """The same of a mask whose pixels are bits, from the few words in which they change.
+
+    Args:
+        packed: A mask of a part of the photo, packed by `columns`, see `transforms.Packing`.
+        size: The photo's height and width.
+        corner: Column and row of the photo where the part begins.
+    """
+    words = packed.view("<u8").reshape(-1)
+    before = np.concatenate([np.zeros(1, np.uint64), words[:-1] >> np.uint64(63)])
+    changes = words ^ (words << np.uint64(1) | before)
+    busy = np.flatnonzero(changes)
+    bits = np.unpackbits(changes[busy].astype("<u8").view(np.uint8), bitorder="little")
+    word, bit = np.nonzero(bits.reshape(-1, 64))
+    column, row = np.divmod(busy[word] * 64 + bit, 8 * packed.shape[1])
+    # A column ends with zeros, so that changes are begin and end of a run in turns.
+    places = (column + corner[0]) * size[0] + row + corner[1]
+    starts, ends = places[::2], places[1::2]
+    apart = starts[1:] != ends[:-1]
+    if len(starts):
+        starts, ends = starts[np.append(True, apart)], ends[np.append(apart, True)]
+    pixels = size[0] * size[1]
+    edges = np.stack([starts, ends], 1).reshape(-1)
+    lengths = np.diff(np.concatenate([[0], edges, [pixels]]))
+    return lengths[:-1] if len(edges) and edges[-1] == pixels else lengths
 
 
 def rle_text(lengths: Int[np.ndarray, " runs"]) -> bytes:

@@ -450,7 +450,7 @@ class SamPredictor:
                     (rows * patch, cols * patch),
                     *embedding.sizes[image][::-1],
                     return_logits=return_logits,
-                    packed=mask_format == "packed",
+                    packing=results[image].packing,
                     out=results[image].room(call.start, count),
                 )
                 own = np.asarray(logits)[place, :count]

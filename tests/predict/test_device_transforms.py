@@ -11,7 +11,7 @@ from PIL import Image
 
 from sparsesam_jax import Sam, SamPredictor
 from sparsesam_jax.model import transforms
-from sparsesam_jax.predict import device_transforms
+from sparsesam_jax.predict import copying, device_transforms
 from sparsesam_jax.predict.device_transforms import matrix_taps, pillow_taps
 
 
@@ -54,6 +54,7 @@ def test_resize_and_pad(size):
 @pytest.mark.parametrize("pixels", [(2**20, 2**23), (5008,)], ids=["at once", "in pieces"])
 def test_resize_masks(size, pixels, monkeypatch):
     monkeypatch.setattr(device_transforms, "_MASK_PIXELS", pixels)
+    monkeypatch.setattr(copying, "_BYTES", 999)  # so that several threads copy
     low_res = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
     frame = ((128, 128), transforms.resized_shape(*size, 128), size)
     which = range(1, 4)
@@ -67,8 +68,15 @@ def test_resize_masks(size, pixels, monkeypatch):
     room = np.zeros((5, *masks.shape[1:]), bool)
     device_transforms.resize_masks(jnp.asarray(low_res), which, *frame, out=room[1:4])
     np.testing.assert_array_equal(room, np.pad(masks, ((1, 1), (0, 0), (0, 0), (0, 0))))
-    packed = device_transforms.resize_masks(jnp.asarray(low_res), which, *frame, packed=True)
-    np.testing.assert_array_equal(packed, np.packbits(masks, axis=-1))
+    rows = device_transforms.resize_masks(jnp.asarray(low_res), which, *frame, packing="rows")
+    np.testing.assert_array_equal(rows, np.packbits(masks, axis=-1))
+    columns = device_transforms.resize_masks(jnp.asarray(low_res), which, *frame, packing="columns")
+    assert columns.shape[-1] % 8 == 0 and not (columns[..., -1] & 0x80).any()
+    bits = np.unpackbits(columns, axis=-1, bitorder="little")
+    np.testing.assert_array_equal(bits[..., : size[0]], masks.swapaxes(2, 3))
+    assert not bits[..., size[0] :].any()
+    host = transforms.resize_masks(low_res, which, *frame, packing="columns")
+    assert host.shape == columns.shape and (host != columns).mean() < 1e-3
 
 
 def test_matrix_taps_give_the_matrix_back():
