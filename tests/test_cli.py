@@ -199,6 +199,46 @@ def test_many_photos_one_object_each(capsys, tmp_path, tiny, photo):
     assert re.fullmatch(r".*a\.png: 90 x 60, dense: scores -?\d\.\d{3}, areas \d+, wrote .*", line)
 
 
+@pytest.mark.parametrize("suffix", ["json", "csv"])
+def test_every_photo_has_its_own_prompts(capsys, tmp_path, tiny, photo, suffix):
+    folder, file = tmp_path / "photos", tmp_path / f"prompts.{suffix}"
+    folder.mkdir()
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        Image.open(photo).save(folder / name)
+    if suffix == "json":
+        entries = {
+            "a.png": {"boxes": [[20, 10, 60, 50], [0, 0, 30, 30]], "points": [[40, 30]]},
+            "photos/b.png": {"points": [[40, 30], [80.5, 5]], "labels": [1, 0]},
+            "d.png": {"boxes": [[20, 10, 60, 61]]},
+            "elsewhere.png": {},
+        }
+        file.write_text(json.dumps(entries))
+    else:
+        file.write_text(
+            "image,x0,y0,x1,y1,x,y,label\na.png,20,10,60,50,40,30,\na.png,0,0,30,30\n"
+            "photos/b.png,,,,,40,30,1\nphotos/b.png,,,,,80.5,5,0\nd.png,20,10,60,61\n"
+        )
+    out = tmp_path / "masks"
+    args = [str(folder), "--weights", tiny, "--prompts", str(file), "--out", str(out), "--json"]
+    assert main(["segment", *args]) == 1
+    text, errors = capsys.readouterr()
+    a, b, c, d = (json.loads(line) for line in text.splitlines())
+    assert c["error"] == f"{file} must have prompts for it, got none"
+    assert d["error"] == "boxes must lie in the 90 x 60 image, got 20 10 60 61"
+    assert errors.endswith("2 of 4 photos left out\n")
+    assert [mask["prompt"] for mask in a["masks"]] == [0, 1] and len(b["masks"]) == 1
+    point = {"point_coords": np.array([[40, 30]]), "point_labels": np.array([1])}
+    two = {"point_coords": np.array([[40, 30], [80.5, 5]]), "point_labels": np.array([1, 0])}
+    for name, prompt in (
+        ("a_0.png", point | {"box": np.array([20, 10, 60, 50])}),
+        ("a_1.png", point | {"box": np.array([0, 0, 30, 30])}),
+        ("b.png", two),
+    ):
+        masks, _, _ = expected_masks(tiny, photo, multimask_output=False, **prompt)
+        np.testing.assert_array_equal(np.asarray(Image.open(out / name)) > 0, masks[0])
+    assert {path.name for path in out.iterdir()} == {"a_0.png", "a_1.png", "b.png"}
+
+
 def test_densities_are_segmented_one_after_another(capsys, tmp_path, tiny, photo):
     out = tmp_path / "mask.png"
     args = ["--density", "0.4", "1", photo, "--box", "20", "10", "60", "50", "--multimask"]
@@ -291,11 +331,16 @@ def test_box_of_a_mask():
         (["--point", "1", "1", "--implementation", "cuda"], "'cuda' is not one of 'auto', 'xla'"),
         (["--point", "1", "1", "--dtype", "int8"], "'int8' is not one of 'float32'"),
         (["--point", "1", "1", "--out", "--json"], "--out needs a value, got the option --json"),
+        (["--prompts", "{folder}/none.json"], "--prompts must be a file of prompts, got"),
+        (["--prompts", "{photo}"], "it ends in neither .json nor .csv"),
+        (["--prompts", "{folder}/other.json"], "other.json must have prompts for it, got none"),
+        (["--prompts", "{folder}/other.json", "--point", "1", "1"], "without --point, --label and"),
         (["--unknown"], "No such option"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(capsys, tmp_path, tiny, photo, args, message):
     (tmp_path / "sub.png").mkdir()
+    (tmp_path / "other.json").write_text('{"other.png": {"points": [[1, 1]]}}')
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     args = [arg.format(photo=photo, folder=tmp_path) for arg in args]
     check_error(capsys, ["segment", photo, "--weights", tiny, *args], message)
@@ -446,7 +491,17 @@ def test_demo_on_the_embedded_weights(capsys, tmp_path, monkeypatch):
 
 TOKENS = [
     *("--point", "--box", "--label", "--density", "--out", "--overlay", "--multimask", "--json"),
-    *("--bits", "--value-range", "--max-pixels", "--dtype", "--implementation", "--", "--help"),
+    *(
+        "--prompts",
+        "{folder}/prompts.csv",
+        "--bits",
+        "--value-range",
+        "--max-pixels",
+        "--dtype",
+        "--implementation",
+        "--",
+        "--help",
+    ),
     *("40", "30", "-1", "0", "1", "1e400", "nan", "inf", "0x9", "", " ", "*", "[", "\0", "\ud800"),
     *("float32", "xla", "mosaic_gpu", "{photo}", "{folder}", "{folder}/m.png", "{folder}/none/m"),
     *("{folder}/broken.png", "99999999999999999999", "-", "~", "a" * 300 + ".png"),
@@ -460,6 +515,7 @@ def test_no_arguments_end_in_a_traceback(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "prompts.csv").write_text("image,x,y\nphoto.png,40,30\nbroken.png,,1\n")
     args = [token.replace("{photo}", photo).replace("{folder}", str(tmp_path)) for token in tokens]
     first = [tiny] if command == "info" else [photo, "--point", "40", "30", "--weights", tiny]
     code = main([command, *first, *args])

@@ -68,6 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, image in (("photos", pixels), ("masks", mask)):
         Path(name).mkdir()
         Image.fromarray(image).save(f"{name}/one.png")
+    Path("boxes.json").write_text('{"one.png": {"boxes": [[20, 10, 70, 40]]}}')
     embedded = tmp_path / "embedded.safetensors"
     write_tiny(embedded)
     locate = pretrained.locate

@@ -29,6 +29,7 @@ from sparsesam_jax import Sam, SamPredictor
 from sparsesam_jax.checkpoints import convert_checkpoint, native
 from sparsesam_jax.checkpoints.sources import locate
 from sparsesam_jax.predict.automatic_masks import AutomaticMaskGenerator, suppress
+from sparsesam_jax.predict.mask_measures import measure_on_device
 from sparsesam_jax.predict.prompt_arrays import ImagePrompt, pad_together
 
 KEYS = ("what", "masks", "peak_mib")
@@ -167,7 +168,7 @@ def _parts(
     which = np.arange(3 * batch)
 
     def measure() -> Any:
-        begun = [transforms.measure_masks(low_res, which, *frame, offset=OFFSET) for _ in parts]
+        begun = [measure_on_device(low_res, which, *frame, offset=OFFSET) for _ in parts]
         return [wait() for wait in begun]
 
     one = low_res.reshape(-1, 1, *low_res.shape[-2:])[:masks]

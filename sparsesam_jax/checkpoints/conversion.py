@@ -167,7 +167,8 @@ def _write(
     elif target_format == "meta":
         from sparsesam_jax.checkpoints import torch_checkpoint
 
-        torch_checkpoint.write(dst, tensors, load)
+        metadata = {native.CONFIG_KEY: config.to_json()}
+        torch_checkpoint.write(dst, metadata, tensors, load)
     else:
         huggingface.write(dst, config, tensors, load)
 

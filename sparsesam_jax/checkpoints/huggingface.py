@@ -12,7 +12,7 @@ import numpy as np
 
 from sparsesam_jax.checkpoints.atomic import atomic_path
 from sparsesam_jax.checkpoints.errors import ConversionError
-from sparsesam_jax.checkpoints.native import TensorSpec, write_safetensors
+from sparsesam_jax.checkpoints.native import CONFIG_KEY, TensorSpec, write_safetensors
 from sparsesam_jax.checkpoints.recognise import Hints
 from sparsesam_jax.checkpoints.sources import CONFIG_NAME, INDEX_NAME, MODEL_NAME
 from sparsesam_jax.config import SamConfig
@@ -161,7 +161,8 @@ def write(
         load: Returns the named tensor's array.
     """
     if path.suffix == ".safetensors":
-        write_safetensors(path, _METADATA, tensors, load)
+        metadata = _METADATA | {CONFIG_KEY: config.to_json()}
+        write_safetensors(path, metadata, tensors, load)
         return
     if (path / INDEX_NAME).exists():
         raise ConversionError(f"{path} already has a checkpoint in shards; choose another folder")

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     import jax
 
 FORMAT = "sparsesam_jax"
+# Where files of other formats have the model's configuration beside their tensors, if they were
+# written here: tensors do not tell all of it, such as the decoder's number of heads.
+CONFIG_KEY = "sparsesam_jax.config"
 DTYPES = ("float32", "float16", "bfloat16")
 
 # Other codes (integers, float8) stay as safetensors writes them: they only appear in errors.

@@ -167,8 +167,12 @@ def _config_of(
     theirs: Mapping[str, Any] | None,
     given: SamConfig | None,
 ) -> SamConfig:
+    config = None
     if file_format == "native":
         config = native.config_of(path, source.metadata)
+    elif theirs is None and native.CONFIG_KEY in source.metadata:
+        config = SamConfig.from_json(source.metadata[native.CONFIG_KEY])
+    if config is not None:
         if given not in (None, config):
             raise ConversionError(f"it must have the given config, but has {config}")
         return config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ class TorchSource:
         self.tensors: dict[str, TensorSpec] = {}
         self.entries: dict[Entry, list[str]] = {}
         self.beside: list[Entry] = []
-        self.metadata: dict[str, str] = {}
+        self.metadata = _metadata(self._content)
         duplicates, partial = [], []
         self.problems = {"named twice": duplicates, "without all their values": partial}
         torch = _import_torch()
@@ -70,18 +70,26 @@ class TorchSource:
         return _to_numpy(value)
 
 
-def write(path: Path, tensors: Mapping[str, TensorSpec], load: Callable[[str], np.ndarray]) -> None:
+def write(
+    path: Path,
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, TensorSpec],
+    load: Callable[[str], np.ndarray],
+) -> None:
     """Write a state dict as a PyTorch checkpoint file, whole or not at all.
 
     Unlike safetensors this holds all tensors at once: `torch.save` takes nothing less.
 
     Args:
         path: The file; one that exists is replaced.
+        metadata: Text that goes where `torch.nn.Module.state_dict` has its modules' versions, which
+            `load_state_dict` looks up and otherwise ignores.
         tensors: Shape and dtype by name.
         load: Returns the named tensor's array.
     """
     torch = _import_torch()
-    state = {name: _to_torch(load(name)) for name in tensors}
+    state = OrderedDict((name, _to_torch(load(name))) for name in tensors)
+    vars(state)["_metadata"] = OrderedDict({"": {"version": 1, **metadata}})
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
 
@@ -108,6 +116,14 @@ def _check_archive(path: Path) -> None:
                             pass
     except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, EOFError) as error:
         raise ConversionError(f"{path} is corrupt: {error}") from error
+
+
+def _metadata(content: Any) -> dict[str, str]:
+    """The text that `write` has put beside the tensors, and nothing else that may be there."""
+    modules = getattr(content, "_metadata", None)
+    whole = modules.get("") if isinstance(modules, dict) else None
+    items = whole.items() if isinstance(whole, dict) else ()
+    return {key: value for key, value in items if isinstance(key, str) and isinstance(value, str)}
 
 
 def _leaves(content: dict[Any, Any]) -> Iterator[tuple[Entry, Any, Any]]:

@@ -51,6 +51,12 @@ def segment(
         list[str] | None,
         typer.Option(metavar="X0 Y0 X1 Y1", help="A box in pixels; repeatable."),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Instead: JSON or CSV of boxes, points and labels by photo."
+        ),
+    ] = None,
     density: Annotated[
         list[float] | None,
         typer.Option(
@@ -87,8 +93,9 @@ def segment(
     one prompt. A prompt gives one mask, or all proposals with --multimask, in the model's order.
     Masks are numbered over all prompts; a mask's box is x0 y0 x1 y1 with x1 and y1 one past it.
 
-    The prompts are for every photo. A photo that cannot be read, or that a prompt does not lie in,
-    is reported and left out; the exit code is then 1.
+    The prompts are for every photo, unless --prompts names a file that has each photo's own. A
+    photo that cannot be read, that a prompt does not lie in, or that the file has no prompts for is
+    reported and left out; the exit code is then 1.
 
     The mask is written to OUT; several become OUT_0.png, OUT_1.png ..., with several densities
     OUT_0.3.png or OUT_0.3_0.png. In a folder, OUT is the photo's name, and an overlay is
@@ -96,23 +103,31 @@ def segment(
     """
     from sparsesam_jax.checkpoints.sources import locate
     from sparsesam_jax.predict.image_files import PhotoReader, find_photos
-    from sparsesam_jax.predict.prompts import check_prompts, make_prompts
+    from sparsesam_jax.predict.prompt_files import read_prompts
+    from sparsesam_jax.predict.prompts import PromptLists
 
     reader = PhotoReader(bits=bits, value_range=value_range, max_pixels=max_pixels)
     densities = list(dict.fromkeys(density or [None]))
     sparsities = {value: None if value is None else Sparsity(value) for value in densities}
-    points, labels, boxes = numbers("--point", point), label or [], numbers("--box", box)
-    check_prompts(points, labels, boxes)
+    given = PromptLists(numbers("--point", point), label or [], numbers("--box", box))
+    file = None if prompts is None else read_prompts(prompts)
+    if file is None:
+        given.check()
+    elif any(given[:3]):
+        raise ValueError("--prompts must be given without --point, --label and --box")
     paths = find_photos(images)
     outputs = _Outputs(out, overlay, several=len(densities) > 1)
-    count = max(1, len(boxes))
-    outputs.check(paths, densities, count * (SamConfig.num_multimask_outputs if multimask else 1))
+    asked = {path: given if file is None else file.find(path) for path in paths}
+    counts = {path: lists.num_prompts for path, lists in asked.items()}
+    outputs.check(counts, densities, SamConfig.num_multimask_outputs if multimask else 1)
     locate(weights)
 
     def read(path: Path) -> _Photo:
+        if not counts[path]:
+            raise ValueError(f"{prompts} must have prompts for it, got none")
         pixels = reader.read(path)
         height, width = pixels.shape[:2]
-        return _Photo(path, pixels, make_prompts(points, labels, boxes, width=width, height=height))
+        return _Photo(path, pixels, asked[path].prompts(width=width, height=height))
 
     if len(paths) == 1:
         read(paths[0])  # what is wrong with the only photo is an error, and seen before JAX starts
@@ -133,7 +148,7 @@ def segment(
     }
     load_s = clock.lap()
     if multimask:  # a model may have another number of proposals than SAM's
-        outputs.check(paths, densities, count * sam.config.num_multimask_outputs)
+        outputs.check(counts, densities, sam.config.num_multimask_outputs)
     common = {
         "weights": weights,
         "implementation": implementation,
@@ -205,8 +220,16 @@ class _Outputs(NamedTuple):
     overlay: Path | None
     several: bool
 
-    def check(self, photos: Sequence[Path], densities: Sequence[float | None], masks: int) -> None:
-        """Raise ValueError unless all masks and overlays of all photos can be written."""
+    def check(
+        self, photos: Mapping[Path, int], densities: Sequence[float | None], masks: int
+    ) -> None:
+        """Raise ValueError unless all masks and overlays of all photos can be written.
+
+        Args:
+            photos: The photos, and how many prompts each has.
+            densities: What each is segmented at.
+            masks: Masks of a prompt.
+        """
         from sparsesam_jax.checkpoints.atomic import check_folder
         from sparsesam_jax.predict.image_files import check_writable
 
@@ -221,10 +244,11 @@ class _Outputs(NamedTuple):
                         f"photos, got {str(path)!r}"
                     )
         taken = {path.resolve() for path in photos}
-        for photo in photos:
-            for density in densities:
+        for photo, prompts in photos.items():
+            for density in densities if prompts else ():
+                outputs = self.mask_paths(photo, density, prompts * masks)
                 overlay = self.overlay_path(photo, density)
-                outputs = [*self.mask_paths(photo, density, masks), *([overlay] if overlay else [])]
+                outputs += [overlay] if overlay else []
                 for path in outputs:
                     if path.resolve() in taken:
                         raise ValueError(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
@@ -22,12 +23,12 @@ class Predictions(NamedTuple):
 
     Attributes:
         masks: One a photo, at the photo's size.
-        features: The image encoder's, [photos, Gh, Gw, C].
+        features: The image encoder's, each [1, Gh, Gw, C].
         seconds: Wall time of the whole call.
     """
 
     masks: list[Bool[np.ndarray, "height width"]]
-    features: Float[Array, "photos Gh Gw C"]
+    features: list[Float[Array, "1 Gh Gw C"]]
     seconds: float
 
 
@@ -39,7 +40,7 @@ def predict(
     protocol: Protocol,
     batch: int,
 ) -> Predictions:
-    """One mask a photo, in one call of the encoder and one of the decoder.
+    """One mask a photo, in one call of the encoder and one of the decoder for every grid.
 
     Args:
         predictor: The model's; threads may share it, for its image is left alone.
@@ -69,5 +70,6 @@ def predict(
         protocol.mask(photo, whole[0], small[0])
         for photo, whole, small in zip(photos, logits, low_res, strict=False)
     ]
-    features = predictor.get_image_embedding()[: len(photos)].block_until_ready()
+    embeddings = predictor.embeddings[: len(photos)]
+    features = jax.block_until_ready([embedding.features for embedding in embeddings])
     return Predictions(masks, features, time.perf_counter() - start)

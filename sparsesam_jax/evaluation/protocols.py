@@ -44,11 +44,15 @@ class Protocol(NamedTuple):
         """Images whose mean is taken first when quality is averaged; None averages images."""
         return 8 if self.name == "release" else None
 
+    def query_size(self, photo: Photo) -> tuple[int, int]:
+        """Height and width of the image that `query` makes."""
+        return photo.size if self.name == "sam" else (self.image_size, self.image_size)
+
     def query(self, photo: Photo, kind: PromptKind) -> Query:
         """The image and the prompt, both in the frame that the predictor takes."""
         if self.name == "sam":
             return Query(photo.image, mask_prompt(photo.mask, kind))
-        size = (self.image_size, self.image_size)
+        size = self.query_size(photo)
         squashed = bilinear(photo.image, *size).astype(np.uint8)
         mask = bilinear(photo.grey_mask, *size) > 128
         if not mask.any():  # a speck that squashing has blurred away

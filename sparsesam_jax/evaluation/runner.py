@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
-
 from sparsesam_jax.choices import Dtype, PromptKind, ProtocolName, check_choice
+from sparsesam_jax.config import Grid
 from sparsesam_jax.evaluation import summary as summaries
 from sparsesam_jax.evaluation.candidates import DENSE, Candidate
 from sparsesam_jax.evaluation.datasets import Pair, Photo, read_photo
@@ -68,7 +67,7 @@ class Evaluation:
 
     Args:
         options: What to measure.
-        pairs: The photos, in the order of their batches.
+        pairs: The photos. Those of one grid, in this order, are batches.
 
     Raises:
         ValueError: The weights, a method or a sparsity is not as it must be.
@@ -91,25 +90,20 @@ class Evaluation:
     def measure(self, file: RowFile, advance: Callable[[Candidate, int], None]) -> None:
         """Measure what `file` lacks; `advance` hears of every candidate and its images."""
         size = self.options.batch
+        # Photos of one grid wait for each other, so that there is one batch size to compile for.
+        waiting: dict[Grid, list[Photo]] = {}
         for start in range(0, len(self.pairs), size):
-            photos = self.read(self.pairs[start : start + size])
-            todo = [
-                candidate
-                for candidate in self.predictors
-                if any((*candidate[:2], photo.name) not in file.found for photo in photos)
-            ]
-            found: list[Row] = []
-            if photos and todo:
-                dense = self.predict(DENSE, photos)
-                for candidate in self.predictors:
-                    if candidate in todo:
-                        new = dense if candidate == DENSE else self.predict(candidate, photos)
-                        found += self._rows(candidate, photos, new, dense)
-                    advance(candidate, len(self.pairs[start : start + size]))
-            else:
-                for candidate in self.predictors:
-                    advance(candidate, len(self.pairs[start : start + size]))
-            file.append(found)
+            pairs = self.pairs[start : start + size]
+            photos = self.read(pairs)
+            for candidate in self.predictors:
+                advance(candidate, len(pairs) - len(photos))
+            for photo in photos:
+                grid = self.predictors[DENSE].grid(self.protocol.query_size(photo))
+                waiting.setdefault(grid, []).append(photo)
+                if len(waiting[grid]) == size:
+                    self._measure(waiting.pop(grid), file, advance)
+        for photos in waiting.values():
+            self._measure(photos, file, advance)
 
     def read(self, pairs: Sequence[Pair]) -> list[Photo]:
         """The photos of pairs without a problem; problems are noted."""
@@ -167,10 +161,27 @@ class Evaluation:
         except ValueError as error:
             return str(error)
 
+    def _measure(
+        self, photos: Sequence[Photo], file: RowFile, advance: Callable[[Candidate, int], None]
+    ) -> None:
+        todo = [
+            candidate
+            for candidate in self.predictors
+            if any((*candidate[:2], photo.name) not in file.found for photo in photos)
+        ]
+        found: list[Row] = []
+        dense = self.predict(DENSE, photos) if todo else None
+        for candidate in self.predictors:
+            if dense is not None and candidate in todo:
+                new = dense if candidate == DENSE else self.predict(candidate, photos)
+                found += self._rows(candidate, photos, new, dense)
+            advance(candidate, len(photos))
+        file.append(found)
+
     def _rows(
         self, candidate: Candidate, photos: Sequence[Photo], new: Predictions, dense: Predictions
     ) -> Iterator[Row]:
-        errors = np.asarray(relative_error(new.features, dense.features))
+        errors = [float(e[0]) for e in map(relative_error, new.features, dense.features)]
         compiled = candidate not in self._compiled
         self._compiled.add(candidate)
         for index, photo in enumerate(photos):
@@ -184,7 +195,7 @@ class Evaluation:
                 iou=iou(mask, photo.mask),
                 boundary_iou=boundary_iou(mask, photo.mask),
                 agreement=iou(mask, dense.masks[index]),
-                feature_error=float(errors[index]),
+                feature_error=errors[index],
                 seconds=new.seconds / min(self.options.batch, len(self.pairs)),
                 compiled=compiled,
             )

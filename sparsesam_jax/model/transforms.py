@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +16,17 @@ PIXEL_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 PIXEL_STD = np.array([58.395, 57.12, 57.375], np.float32)
 MASK_THRESHOLD = 0.0
 
+# Eight pixels a byte. `rows`: of a row, the first in its highest bit, as `np.packbits` does it.
+# `columns`: of a column, the first in its lowest bit; a column ends with at least one zero bit, so
+# that every run of ones ends in it, and has a multiple of eight bytes.
+Packing = Literal["rows", "columns"]
 
-class MaskMeasures(NamedTuple):
-    """What is known of masks at the photo's size without keeping them.
-
-    Attributes:
-        area: Pixels above the threshold.
-        inner: Pixels above a higher threshold.
-        outer: Pixels above a lower threshold.
-        boxes: First and last column and row, (x0, y0, x1, y1); zeros for an empty mask.
-    """
-
-    area: Int[np.ndarray, " N"]
-    inner: Int[np.ndarray, " N"]
-    outer: Int[np.ndarray, " N"]
-    boxes: Int[np.ndarray, "N 4"]
+# Masks at the photo's size: booleans, logits, or packed.
+ResizedMasks = (
+    Bool[np.ndarray, "count K height width"]
+    | Float[np.ndarray, "count K height width"]
+    | UInt8[np.ndarray, "count K lines bytes"]
+)
 
 
 def resized_shape(height: int, width: int, long_side: int) -> tuple[int, int]:
@@ -151,7 +146,9 @@ def resize_masks(
     original_size: tuple[int, int],
     *,
     return_logits: bool = False,
-) -> Bool[np.ndarray, "count K height width"] | Float[np.ndarray, "count K height width"]:
+    packing: Packing | None = None,
+    out: np.ndarray | None = None,
+) -> ResizedMasks:
     """Masks of some prompts at the photo's size, on the host.
 
     Args:
@@ -161,93 +158,35 @@ def resize_masks(
         input_size: As for `mask_resize_matrices`.
         original_size: As for `mask_resize_matrices`.
         return_logits: Whether to return float32 logits instead of booleans.
+        packing: How to return eight pixels a byte; None is a pixel an element.
+        out: Where to write them, [count, K, *mask_shape(original_size, packing)]; None is a new
+            array.
     """
     planes = np.asarray(low_res).reshape(-1, *low_res.shape[-3:])
-    dtype = np.float32 if return_logits else np.bool_
-    out = np.empty((len(prompts), planes.shape[1], *original_size), dtype)
+    dtype = np.float32 if return_logits else np.uint8 if packing else np.bool_
+    shape = mask_shape(original_size, packing)
+    if out is None:
+        out = np.empty((len(prompts), planes.shape[1], *shape), dtype)
     # Prompt by prompt, so that only one prompt's logits exist at the photo's size.
     for masks, prompt in zip(out, prompts, strict=True):
         logits = resize_mask_logits(planes[prompt], image_size, input_size, original_size)
-        masks[:] = logits if return_logits else logits > MASK_THRESHOLD
+        inside = logits if return_logits else logits > MASK_THRESHOLD
+        if packing == "columns":
+            lines = np.zeros((len(inside), shape[0], 8 * shape[1]), bool)
+            lines[..., : original_size[0]] = inside.swapaxes(1, 2)
+            inside = np.packbits(lines, axis=-1, bitorder="little")
+        elif packing == "rows":
+            inside = np.packbits(inside, axis=-1)
+        masks[:] = inside
     return out
 
 
-def measure_masks(
-    low_res: Float[Array | np.ndarray, "*batch h w"],
-    which: Int[np.ndarray, " N"],
-    image_size: tuple[int, int],
-    input_size: tuple[int, int],
-    original_size: tuple[int, int],
-    *,
-    offset: float,
-) -> Callable[[], MaskMeasures]:
-    """Measure masks at the photo's size, one after the other, on the host.
-
-    Args:
-        low_res: Mask logits.
-        which: Which masks, where the leading axes are counted as one.
-        image_size: As for `mask_resize_matrices`.
-        input_size: As for `mask_resize_matrices`.
-        original_size: As for `mask_resize_matrices`.
-        offset: How far the higher and the lower threshold lie from the threshold.
-
-    Returns:
-        A function that returns the measures, for on a device they come later.
-    """
-    planes = np.asarray(low_res).reshape(-1, *low_res.shape[-2:])
-    counts = np.zeros((3, len(which)), np.int64)
-    boxes = np.zeros((len(which), 4), np.int64)
-    for place, index in enumerate(which):
-        logits = resize_mask_logits(planes[index], image_size, input_size, original_size)
-        mask = logits > MASK_THRESHOLD
-        inner, outer = logits > MASK_THRESHOLD + offset, logits > MASK_THRESHOLD - offset
-        counts[:, place] = [np.count_nonzero(x) for x in (mask, inner, outer)]
-        boxes[place] = mask_box(mask)
-    area, inner, outer = counts
-    return lambda: MaskMeasures(area, inner, outer, boxes)
-
-
-def mask_box(mask: Bool[np.ndarray, "height width"]) -> tuple[int, int, int, int]:
-    """First and last column and row of a mask, as (x0, y0, x1, y1); zeros for an empty one."""
-    rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return (0, 0, 0, 0)
-    return int(cols[0]), int(rows[0]), int(cols[-1]), int(rows[-1])
-
-
-def pack_masks(
-    low_res: Float[Array | np.ndarray, "N h w"],
-    count: int,
-    image_size: tuple[int, int],
-    input_size: tuple[int, int],
-    original_size: tuple[int, int],
-) -> UInt8[np.ndarray, "count width bytes"]:
-    """The first masks at the photo's size, eight pixels of a column a byte, on the host.
-
-    The lowest bit is the first pixel. A column ends with at least one zero bit, so that every run
-    of ones ends in it, and has a multiple of eight bytes.
-
-    Args:
-        low_res: Mask logits.
-        count: How many of them.
-        image_size: As for `mask_resize_matrices`.
-        input_size: As for `mask_resize_matrices`.
-        original_size: As for `mask_resize_matrices`.
-    """
-    height, width = original_size
-    column = packed_column(height)
-    out = np.empty((count, width, column // 8), np.uint8)
-    frame = (image_size, input_size, original_size)
-    for packed, plane in zip(out, np.asarray(low_res), strict=False):
-        mask = resize_mask_logits(plane, *frame) > MASK_THRESHOLD
-        rows = np.pad(mask, ((0, column - height), (0, 0)))
-        packed[:] = np.packbits(rows, axis=0, bitorder="little").T
-    return out
-
-
-def packed_column(height: int) -> int:
-    """Bits of a column of `pack_masks`."""
-    return 64 * (height // 64 + 1)
+def mask_shape(size: tuple[int, int], packing: Packing | None) -> tuple[int, int]:
+    """Lines of a mask of this height and width, and elements of a line: pixels, or bytes."""
+    height, width = size
+    if packing == "columns":
+        return width, 8 * (height // 64 + 1)
+    return height, -(-width // 8) if packing else width
 
 
 @functools.lru_cache(maxsize=256)

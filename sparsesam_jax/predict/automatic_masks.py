@@ -18,9 +18,15 @@ import scipy.ndimage
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sparsesam_jax.model.sam import SamModel
-from sparsesam_jax.model.transforms import MaskMeasures, mask_box
+from sparsesam_jax.model.transforms import Packing, ResizedMasks
 from sparsesam_jax.predict.finite import check_finite
 from sparsesam_jax.predict.mask_formats import packed_run_lengths, rle_text, run_lengths
+from sparsesam_jax.predict.mask_measures import (
+    MaskMeasures,
+    mask_box,
+    measure_on_device,
+    measure_on_host,
+)
 from sparsesam_jax.predict.mask_pool import DevicePool, HostPool
 from sparsesam_jax.predict.predictor import SamPredictor, check_image
 from sparsesam_jax.predict.prompt_arrays import ImagePrompt, pad_together
@@ -30,6 +36,7 @@ Box = tuple[int, int, int, int]  # x0, y0, x1, y1
 T = TypeVar("T")
 
 _CROP_EDGE = 20.0  # Pixels from a crop's edge within which a mask may have been cut off.
+_PIXELS_AT_ONCE = 2**26  # of masks that come to the host in an array that is not put together
 _TOKENS = 2  # of a prompt: its point, and the one that SAM adds to points without a box
 _EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
 
@@ -216,13 +223,13 @@ class AutomaticMaskGenerator:
 
     def _decoded(self, crops: Sequence[Crop]) -> Iterator[_Call]:
         """Calls of the decoder for the grids of all crops; they are under way."""
-        predictor, embedding = self.predictor, self.predictor.embedding
-        rows, cols = embedding.features.shape[1:3]
+        predictor = self.predictor
         patch = predictor.compiled.config.image_encoder.patch_size
         at_once = self.points_per_batch
         if not predictor.on_device:
             at_once = min(at_once, predictor.prompts_at_once)
-        for image, (crop, size) in enumerate(zip(crops, embedding.sizes, strict=True)):
+        for image, (crop, embedding) in enumerate(zip(crops, predictor.embeddings, strict=True)):
+            (size,), (rows, cols) = embedding.sizes, embedding.features.shape[1:3]
             frame = ((rows * patch, cols * patch), size.resized, size.original)
             points = self.point_grids[crop.layer] * size.original[::-1]
             labels = np.ones((len(points), 1), np.int32)
@@ -232,7 +239,6 @@ class AutomaticMaskGenerator:
                 low_res, iou = predictor.compiled.decode(
                     embedding.arrays,
                     *pad_together([part], at_once, _TOKENS),
-                    first=None if len(crops) == 1 else image,
                     frame=embedding.frame,
                 )
                 yield _Call(image, points[start : start + at_once], frame, low_res, iou)
@@ -244,7 +250,7 @@ class AutomaticMaskGenerator:
         which = np.arange(iou.size)
         if self.pred_iou_thresh > 0:
             which = which[iou.reshape(-1) > self.pred_iou_thresh]
-        measure = self.predictor.transforms.measure_masks
+        measure = measure_on_device if self.predictor.on_device else measure_on_host
         offset = self.stability_score_offset
         return call, iou, which, measure(call.low_res, which, *call.frame, offset=offset)
 
@@ -302,24 +308,33 @@ class AutomaticMaskGenerator:
         self, found: list[_Mask], size: tuple[int, int], pool: HostPool | DevicePool
     ) -> list[Bool[np.ndarray, "height width"]]:
         masks = []
-        for (x0, y0, x1, y1), frame, handles in _runs_of_crops(found, pool.at_once):
-            low_res = pool.take(handles)[:, None]
-            own = self.predictor.transforms.resize_masks(low_res, range(len(handles)), *frame)
+        for (x0, y0, x1, y1), own in self._at_size(found, pool):
             if own.shape[-2:] != size:
-                own, part = np.zeros((len(handles), 1, *size), bool), own
-                own[..., y0:y1, x0:x1] = part
-            masks += list(own[:, 0])
+                own, part = np.zeros((len(own), *size), bool), own
+                own[:, y0:y1, x0:x1] = part
+            masks += list(own)
         return masks
 
     def _run_lengths(
         self, found: list[_Mask], size: tuple[int, int], pool: HostPool | DevicePool
     ) -> list[Int[np.ndarray, " runs"]]:
         masks = []
-        for crop, frame, handles in _runs_of_crops(found, pool.at_once):
-            low_res = pool.take(handles)
-            packed = self.predictor.transforms.pack_masks(low_res, len(handles), *frame)
+        for crop, packed in self._at_size(found, pool, packing="columns"):
             masks += [packed_run_lengths(mask, size, crop[:2]) for mask in packed]
         return masks
+
+    def _at_size(
+        self, found: list[_Mask], pool: HostPool | DevicePool, packing: Packing | None = None
+    ) -> Iterator[tuple[Box, ResizedMasks]]:
+        """Masks of a crop at its size, as many as one program makes, and the crop."""
+        resize = self.predictor.transforms.resize_masks
+        for (crop, frame), masks in itertools.groupby(found, lambda m: (m.crop_box, m.frame)):
+            handles = [mask.handle for mask in masks]
+            step = min(pool.at_once, max(1, _PIXELS_AT_ONCE // _area(crop)))
+            for start in range(0, len(handles), step):
+                part = handles[start : start + step]
+                low_res = pool.take(part)[:, None]
+                yield crop, resize(low_res, range(len(part)), *frame, packing=packing)[:, 0]
 
     def _without_small_regions(
         self, found: list[_Mask], masks: list[np.ndarray]
@@ -454,17 +469,6 @@ def _ahead(items: Iterable[T]) -> Iterator[T]:
         if len(begun) > 1:
             yield begun.popleft()
     yield from begun
-
-
-def _runs_of_crops(
-    found: list[_Mask], at_once: int | None
-) -> Iterator[tuple[Box, _Frame, list[Any]]]:
-    """Handles of masks of the same crop that follow each other, at most so many."""
-    for (crop, frame), masks in itertools.groupby(found, lambda m: (m.crop_box, m.frame)):
-        handles = [mask.handle for mask in masks]
-        step = at_once or len(handles)
-        for start in range(0, len(handles), step):
-            yield crop, frame, handles[start : start + step]
 
 
 def _distinct(found: list[_Mask], scores: Sequence[float], threshold: float) -> list[_Mask]:

@@ -2,15 +2,18 @@
 
 A program for every size of photo would be compiled for every new one. So photos and masks travel as
 flat arrays of a few lengths, their sides are numbers that the programs read, and what depends on a
-side comes as tables. At SAM's 1024, all photos of up to 4096 pixels a side share five programs, and
-their masks four.
+side comes as tables. At SAM's 1024, all photos of up to 4096 pixels a side share three programs,
+and their masks five.
+
+A photo travels in pieces, which are views of it, so that the host copies no pixels but the last
+piece's and sends hardly more than there are.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,22 +24,22 @@ from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 from sparsesam_jax.model import transforms as host_transforms
 from sparsesam_jax.model.transforms import (
     MASK_THRESHOLD,
-    MaskMeasures,
+    Packing,
+    ResizedMasks,
     mask_resize_matrices,
-    packed_column,
+    mask_shape,
     resized_shape,
 )
+from sparsesam_jax.predict.copying import copy
 
 _BITS = 22  # of Pillow's fixed-point weights behind the point
 _INDICES = 2**31  # what the programs count in
+_PIECES = 16  # that the largest photo of a program comes in
 # Pixels of the masks that one program makes, the least that holds them; more take several calls.
 # The steps are where usual photos lie: three masks of 1200 x 1800 pixels are 6.5 million.
-_MASK_PIXELS = (2**20, 2**23, 2**24, 2**26)
+_MASK_PIXELS = (2**20, 7 * 2**20, 2**24, 2**25, 2**26)
 _MASK_TAPS = 3  # two neighbours of the padded input, each between two of four times coarser logits
 _MASK_SIDE = 4096  # what a photo's side is rounded up to, and to four times that, and so on
-# Rows of masks that one program measures, and of how many masks: with a width of 2048 a hundred
-# megabytes of rows that are only resized along one axis, and two milliseconds at most.
-MEASURED_ROWS, MEASURED_WIDTHS = 2**16, 2**17
 
 
 class Taps(NamedTuple):
@@ -80,6 +83,8 @@ def resize_and_pad(
 ) -> tuple[UInt8[Array, "image_size image_size 3"], tuple[int, int]]:
     """`transforms.resize_and_pad` on the device, with the same pixels to the bit.
 
+    The image may be read until the result is there: nobody may write to it before.
+
     Pillow 13 begins with the other axis where it scales a photo down that is more than twice as
     high as wide: there a few pixels are one level off.
     """
@@ -92,14 +97,9 @@ def resize_and_pad(
     if 3 * side**2 >= _INDICES:
         padded, resized = host_transforms.resize_and_pad(image, image_size)
         return jax.device_put(padded), resized
-    rows, cols = (_padded(axis, image_size, taps) for axis in axes)
-    area = 3 * side**2
-    # Those that are larger than the input are sent as 16:9 or as a square.
-    length = area * 9 // 16 if side > image_size and image.size <= area * 9 // 16 else area
-    flat = np.empty(length, np.uint8)
-    flat[: image.size] = image.reshape(-1)
     sides = np.array([image.shape[1], height, width], np.int32)
-    return _resize(flat, rows, cols, sides, num_rows=side), (height, width)
+    pieces = _pieces(image.reshape(-1), -(-3 * side**2 // _PIECES))
+    return _resize(pieces, _table(axes, image_size, taps), sides, num_rows=side), (height, width)
 
 
 def resize_masks(
@@ -110,157 +110,91 @@ def resize_masks(
     original_size: tuple[int, int],
     *,
     return_logits: bool = False,
-) -> Bool[np.ndarray, "count K height width"] | Float[np.ndarray, "count K height width"]:
-    """`transforms.resize_masks` on the device; the result is on the host, pinned and read-only."""
-    masks = low_res.shape[-3]
-    total = len(prompts) * masks
+    packing: Packing | None = None,
+    out: np.ndarray | None = None,
+) -> ResizedMasks:
+    """`transforms.resize_masks` on the device.
 
-    def call(length: int, place: np.ndarray) -> Array:
-        options = {"length": length, "return_logits": return_logits}
-        return _resize_flat(low_res, *taps, place, **options)
-
-    taps = _mask_taps(low_res.shape[-2:], image_size, input_size, original_size)
-    place = [prompts.start * masks, *original_size]
-    flat = _in_parts(call, place, math.prod(original_size), total)
-    return flat.reshape(len(prompts), masks, *original_size)
-
-
-def pack_masks(
-    low_res: Float[Array, "N h w"],
-    count: int,
-    image_size: tuple[int, int],
-    input_size: tuple[int, int],
-    original_size: tuple[int, int],
-) -> UInt8[np.ndarray, "count width bytes"]:
-    """`transforms.pack_masks` on the device; the result is on the host, pinned and read-only."""
-    height, width = original_size
-    column = packed_column(height)
-
-    def call(length: int, place: np.ndarray) -> Array:
-        return _pack_flat(low_res, *taps, place, length=length)
-
-    taps = _mask_taps(low_res.shape[-2:], image_size, input_size, original_size)
-    flat = _in_parts(call, [0, *original_size], width * column, count, a_byte=8)
-    return flat.reshape(count, width, column // 8)
-
-
-def _in_parts(
-    call: Callable[[int, np.ndarray], Array],
-    place: list[int],
-    plane: int,
-    count: int,
-    a_byte: int = 1,
-) -> np.ndarray:
-    """What a flat program makes of masks one after the other, in calls of one length, on the host.
-
-    Args:
-        call: The program, of a length and of where it begins: mask, pixel, and the photo's sides.
-        place: The first mask, and the sides.
-        plane: Pixels of a mask.
-        count: Masks.
-        a_byte: Pixels of an item of the result.
+    The result is on the host; in pinned memory and read-only, unless it goes to `out`.
     """
-    total = count * plane
-    length = next((length for length in _MASK_PIXELS if length >= total), _MASK_PIXELS[-1])
-    first, *sides = place
+    *_, masks, low_height, low_width = low_res.shape
+    table = _mask_table((low_height, low_width), image_size, input_size, original_size)
+    lines, line = mask_shape(original_size, packing)
+    pixels = 8 if packing else 1  # of an element
+    plane = lines * line
+    total = len(prompts) * masks * plane
+    lengths = [length // pixels for length in _MASK_PIXELS]
+    length = next((length for length in lengths if length >= total), lengths[-1])
     parts = []
     for start in range(0, total, length):
-        mask, pixel = divmod(start, plane)
-        parts.append(pinned(call(length, np.array([first + mask, pixel, *sides], np.int32))))
-    arrays = [np.asarray(part) for part in parts]
-    flat = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    return flat[: total // a_byte]
+        mask, element = divmod(start, plane)
+        place = np.array([prompts.start * masks + mask, element, *original_size, line], np.int32)
+        options = {"length": length, "return_logits": return_logits, "packing": packing}
+        parts.append(_resize_flat(low_res, table, place, **options))
+    parts = pinned(parts)
+    shape = (len(prompts), masks, lines, line)
+    if out is None and len(parts) == 1:
+        return np.asarray(parts[0])[:total].reshape(shape)
+    if out is None:
+        out = np.empty(shape, parts[0].dtype)
+    flat = out.reshape(-1)
+    for start, part in zip(range(0, total, length), parts, strict=True):
+        copy(flat[start : start + length], np.asarray(part)[: total - start])
+    return out
 
 
-def measure_masks(
-    low_res: Float[Array, "*batch h w"],
-    which: Int[np.ndarray, " N"],
-    image_size: tuple[int, int],
-    input_size: tuple[int, int],
-    original_size: tuple[int, int],
-    *,
-    offset: float,
-) -> Callable[[], MaskMeasures]:
-    """`transforms.measure_masks` on the device, where no mask is kept at the photo's size.
-
-    Returns:
-        A function that waits for the measures, which are under way, and returns them.
-    """
-    height, width = original_size
-    taps = _mask_taps(low_res.shape[-2:], image_size, input_size, original_size)
-    # Widths of 512, 768, 1024, 1536, ... so that photos of all sizes share few programs.
-    padded = 512
-    while padded < width:
-        padded = padded * 3 // 2 if padded & (padded - 1) == 0 else padded * 4 // 3
-    rows = max(MEASURED_ROWS, 1 << (height - 1).bit_length())
-    masks = max(1, MEASURED_WIDTHS // padded)
-    # A few masks, the usual case, take a program of an eighth.
-    if len(which) <= min(masks, rows // height) // 8:
-        rows, masks = rows // 8, masks // 8
-    at_once = min(masks, rows // height)
-    parts = []
-    for start in range(0, len(which), at_once):
-        part = np.asarray(which[start : start + at_once], np.int32)
-        indices = np.pad(part, (0, masks - len(part)))
-        parts.append(
-            _measure(
-                low_res,
-                *taps,
-                indices,
-                np.array([len(part), height, width], np.int32),
-                np.float32(offset),
-                num_rows=rows,
-                num_cols=padded,
-            )
-        )
-        parts[-1].copy_to_host_async()
-
-    def wait() -> MaskMeasures:
-        counts = [
-            np.asarray(part)[:, : min(at_once, len(which) - at_once * index)]
-            for index, part in enumerate(parts)
-        ]
-        found = np.concatenate(counts, 1) if counts else np.zeros((7, 0), np.int32)
-        area, inner, outer = found[:3]
-        return MaskMeasures(area, inner, outer, found[3:].T)
-
-    return wait
-
-
-def pinned(x: Array) -> Array:
-    """The array in the host's pinned memory, which numpy views as it is.
+def pinned(arrays: list[Array]) -> list[Array]:
+    """The arrays in the host's pinned memory, which numpy views as it is.
 
     A pageable copy of 30 masks of 1200 x 1800 pixels takes 18 to 50 ms on an H200's host, this 2.
     """
-    return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+    return jax.device_put(arrays, [x.sharding.with_memory_kind("pinned_host") for x in arrays])
 
 
-def _padded(axis: Taps, outputs: int, taps: int) -> Taps:
-    """The same with more outputs, which are zero, and more taps, which weigh nothing."""
-    first, weights = axis
-    extra = outputs - len(first)
-    more = taps - weights.shape[1]
-    return Taps(np.pad(first, (0, extra)), np.pad(weights, ((0, extra), (0, more))))
+def _pieces(flat: UInt8[np.ndarray, " pixels"], length: int) -> list[UInt8[Array, " length"]]:
+    """All pixels on the device in `_PIECES` pieces; behind the last pixel they are any."""
+    pieces = [flat[start : start + length] for start in range(0, len(flat), length)]
+    last = np.empty(length, np.uint8)
+    last[: len(pieces[-1])] = pieces[-1]
+    sent = jax.device_put([*pieces[:-1], last])
+    return sent + sent[:1] * (_PIECES - len(sent))
+
+
+def _table(axes: Sequence[Taps], outputs: int, taps: int) -> Num[np.ndarray, "2 outputs 1+taps"]:
+    """Rows and columns as one array, which travels at once: `first`, then `weights`.
+
+    More outputs are zero, and more taps weigh nothing.
+    """
+    table = np.zeros((2, outputs, 1 + taps), axes[0].weights.dtype)
+    for axis, (first, weights) in zip(table, axes, strict=True):
+        axis[: len(first), 0] = first
+        axis[: len(first), 1 : 1 + weights.shape[1]] = weights
+    return table
 
 
 @functools.lru_cache(maxsize=256)
-def _mask_taps(*frame: tuple[int, int]) -> tuple[Taps, Taps]:
+def _mask_table(*frame: tuple[int, int]) -> Float[np.ndarray, "2 outputs 1+taps"]:
     axes = [matrix_taps(matrix) for matrix in mask_resize_matrices(*frame)]
     side = _MASK_SIDE
     while side < max(len(axis.first) for axis in axes):
         side *= 4
-    taps = max(_MASK_TAPS, *(axis.weights.shape[1] for axis in axes))
-    rows, cols = (_padded(axis, side, taps) for axis in axes)
-    return rows, cols
+    return _table(axes, side, max(_MASK_TAPS, *(axis.weights.shape[1] for axis in axes)))
+
+
+def _axes(table: Num[Array, "2 outputs 1+taps"]) -> list[Taps]:
+    return [Taps(axis[:, 0].astype(jnp.int32), axis[:, 1:]) for axis in table]
 
 
 @functools.partial(jax.jit, static_argnames="num_rows")
 def _resize(
-    flat: Array, rows: Taps, cols: Taps, sides: Array, *, num_rows: int
+    pieces: list[Array], table: Array, sides: Array, *, num_rows: int
 ) -> UInt8[Array, "outputs outputs 3"]:
     """Columns first and rounded to whole levels between the axes, as Pillow does."""
+    rows, cols = _axes(table)
     width, inner_height, inner_width = sides
     outputs, channel = len(rows.first), jnp.arange(3)
+    # Else XLA would look for the piece of every pixel that it reads.
+    flat = jax.lax.optimization_barrier(jnp.concatenate(pieces))
 
     def level(total: Array) -> Array:
         return jnp.clip((total + (1 << (_BITS - 1))) >> _BITS, 0, 255)
@@ -281,93 +215,45 @@ def _resize(
     return jnp.where(inside[..., None], level(total), 0).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames=("length", "return_logits"))
+@functools.partial(jax.jit, static_argnames=("length", "return_logits", "packing"))
 def _resize_flat(
-    low_res: Array, rows: Taps, cols: Taps, start: Array, *, length: int, return_logits: bool
-) -> Bool[Array, " length"] | Float[Array, " length"]:
-    """The masks from a pixel of one on, one after the other; behind the last there is no mask."""
-    first_mask, first_pixel, height, width = start
-    place, plane = first_pixel + jnp.arange(length), height * width
-    mask, inner = first_mask + jax.lax.div(place, plane), jax.lax.rem(place, plane)
-    logits = _logits(
-        low_res, rows, cols, mask, jax.lax.div(inner, width), jax.lax.rem(inner, width)
-    )
-    return logits if return_logits else logits > MASK_THRESHOLD
+    low_res: Array,
+    table: Array,
+    start: Array,
+    *,
+    length: int,
+    return_logits: bool,
+    packing: Packing | None,
+) -> Bool[Array, " length"] | Float[Array, " length"] | UInt8[Array, " length"]:
+    """The masks from an element of one on, one after the other; behind the last there is no mask.
 
-
-@functools.partial(jax.jit, static_argnames="length")
-def _pack_flat(
-    low_res: Array, rows: Taps, cols: Taps, start: Array, *, length: int
-) -> UInt8[Array, " length/8"]:
-    """The same column after column, each with zeros behind it, eight pixels a byte."""
-    first_mask, first_pixel, height, width = start
-    column = packed_column(height)
-    place, plane = first_pixel + jnp.arange(length).reshape(-1, 8), column * width
-    mask, inner = first_mask + jax.lax.div(place, plane), jax.lax.rem(place, plane)
-    x, y = jax.lax.div(inner, column), jax.lax.rem(inner, column)
-    logits = _logits(low_res, rows, cols, mask, y, x)
-    bits = ((logits > MASK_THRESHOLD) & (y < height)).astype(jnp.uint8)
-    return (bits << jnp.arange(8, dtype=jnp.uint8)).sum(1, dtype=jnp.uint8)
-
-
-def _logits(low_res: Array, rows: Taps, cols: Taps, mask: Array, y: Array, x: Array) -> Array:
-    """Logits of the photo's pixels."""
+    An element is a pixel, or a byte of eight if they are packed, of which a line has whole ones.
+    """
+    rows, cols = _axes(table)
+    first_mask, first_element, height, width, line = start
     *_, low_height, low_width = low_res.shape
+    lines, across = (width, height) if packing == "columns" else (height, width)
+    place, plane = first_element + jnp.arange(length), lines * line
+    mask, inner = first_mask + jax.lax.div(place, plane), jax.lax.rem(place, plane)
+    y, x = jax.lax.div(inner, line), jax.lax.rem(inner, line)
+    if packing:
+        mask, y, x = mask[:, None], y[:, None], 8 * x[:, None] + jnp.arange(8)
+    real = x < across
+    if packing == "columns":
+        y, x = x, y
     corner = (mask * low_height + rows.first[y]) * low_width + cols.first[x]
     flat = low_res.reshape(-1)
     total = jnp.zeros((), jnp.float32)
     for i in range(rows.weights.shape[1]):
-        row = jnp.zeros((), jnp.float32)
+        across = jnp.zeros((), jnp.float32)
         for j in range(cols.weights.shape[1]):
-            row += cols.weights[:, j][x] * flat.at[corner + i * low_width + j].get(mode="clip")
-        total += rows.weights[:, i][y] * row
-    return total
-
-
-@functools.partial(jax.jit, static_argnames=("num_rows", "num_cols"))
-def _measure(
-    low_res: Array,
-    rows: Taps,
-    cols: Taps,
-    which: Array,
-    counts: Array,
-    offset: Array,
-    *,
-    num_rows: int,
-    num_cols: int,
-) -> Int[Array, "7 masks"]:
-    """Areas and boxes of masks, whose rows of pixels are counted one after the other.
-
-    The logits are resized along the columns for all rows of the low resolution; the pixels of the
-    photo then exist only inside of the sums over its rows.
-    """
-    number, height, width = counts
-    low_height, low_width = low_res.shape[-2:]
-    chosen = low_res.reshape(-1, low_height, low_width)[which]
-    first, weights = cols.first[:num_cols], cols.weights[:num_cols]
-    middle = jnp.zeros((), jnp.float32)
-    for tap in range(weights.shape[1]):
-        middle += weights[:, tap] * chosen.at[:, :, first + tap].get(mode="clip")
-    middle = jax.lax.optimization_barrier(middle.reshape(-1, num_cols))
-    row = jnp.arange(num_rows)
-    mask, y = row // height, row % height
-    logits = jnp.zeros((), jnp.float32)
-    for tap in range(rows.weights.shape[1]):
-        place = mask * low_height + rows.first[y] + tap
-        logits += rows.weights[y, tap, None] * middle.at[place].get(mode="clip")
-    x = jnp.arange(num_cols)
-    logits = jnp.where(x < width, logits, -jnp.inf)
-    inside = logits > MASK_THRESHOLD
-    sums = [inside, logits > MASK_THRESHOLD + offset, logits > MASK_THRESHOLD - offset]
-    sums = [values.sum(1, dtype=jnp.int32) for values in sums]
-    left = jnp.where(inside, x, num_cols).min(1)
-    right = jnp.where(inside, x, -1).max(1)
-    some = right >= 0
-    ends = (left, jnp.where(some, y, _INDICES - 1), right, jnp.where(some, y, -1))
-    segment = jnp.where(mask < number, mask, len(which))  # one beyond: dropped
-    options = {"num_segments": len(which), "indices_are_sorted": True}
-    areas = [jax.ops.segment_sum(values, segment, **options) for values in sums]
-    low = [jax.ops.segment_min(values, segment, **options) for values in ends[:2]]
-    high = [jax.ops.segment_max(values, segment, **options) for values in ends[2:]]
-    boxes = jnp.stack([*low, *high])
-    return jnp.concatenate([jnp.stack(areas), jnp.where(areas[0] > 0, boxes, 0)])
+            across += cols.weights[:, j][x] * flat.at[corner + i * low_width + j].get(mode="clip")
+        total += rows.weights[:, i][y] * across
+    if return_logits:
+        return total
+    inside = total > MASK_THRESHOLD
+    if packing is None:
+        return inside
+    bits = 1 << jnp.arange(8)
+    bits = jnp.where(inside & real, bits if packing == "columns" else bits[::-1], 0)
+    return bits.sum(1).astype(jnp.uint8)

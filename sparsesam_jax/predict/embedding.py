@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sparsesam_jax.checkpoints import native
 from sparsesam_jax.choices import Products
@@ -60,6 +60,14 @@ class Embedding:
         own, other = (text.partition("-")[0] for text in (self.fingerprint, fingerprint))
         return own == other
 
+    def __getitem__(self, index: int) -> Embedding:
+        """The embedding of one of the images."""
+        features, early = (None if x is None else _image(x, index) for x in self.arrays)
+        assert features is not None
+        return dataclasses.replace(
+            self, features=features, early_features=early, sizes=(self.sizes[index],)
+        )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the embedding as a safetensors file, whole or not at all; a file is replaced.
 
@@ -105,6 +113,11 @@ class Embedding:
         )
         assert features is not None
         return cls(features, early, tuple(sizes), fingerprint, frame)
+
+
+@jax.jit
+def _image(x: Array, index: Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, index, 1)
 
 
 def fingerprint(

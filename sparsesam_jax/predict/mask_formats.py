@@ -1,11 +1,13 @@
 """Forms in which masks are returned: booleans, packed bits, or COCO's run lengths.
 
+`binary`: bool [P, K, height, width]. `packed`: uint8 [P, K, height, ceil(width / 8)], which
+`np.unpackbits(packed, axis=-1, count=width)` undoes. `rle`: P lists of K `RunLengths`.
 A mask of 12 megapixels is 12 MB as booleans, 1.5 MB packed, and some kilobytes as run lengths.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict, get_args
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
@@ -32,23 +34,14 @@ def check_mask_format(mask_format: str, *, return_logits: bool) -> None:
         raise ValueError(f"mask_format must be 'binary' with return_logits, got {mask_format!r}")
 
 
-def format_masks(masks: Bool[np.ndarray, "P K height width"], mask_format: MaskFormat) -> Any:
-    """Masks in a format.
-
-    Returns:
-        `binary`: the masks themselves. `packed`: uint8 [P, K, height, ceil(width / 8)], which
-        `np.unpackbits(packed, axis=-1, count=width)` undoes. `rle`: P lists of K `RunLengths`.
-    """
-    if mask_format == "packed":
-        return np.packbits(masks, axis=-1)
-    if mask_format == "rle":
-        return [[encode_rle(mask) for mask in prompt] for prompt in masks]
-    return masks
-
-
 def encode_rle(mask: Bool[np.ndarray, "height width"]) -> RunLengths:
     """A mask's run lengths as COCO's text, byte for byte as `pycocotools.mask.encode` has them."""
     return {"size": list(mask.shape), "counts": rle_text(run_lengths(mask))}
+
+
+def encode_packed(packed: UInt8[np.ndarray, "width bytes"], size: tuple[int, int]) -> RunLengths:
+    """The same of a mask packed by `columns`, see `transforms.Packing`."""
+    return {"size": list(size), "counts": rle_text(packed_run_lengths(packed, size, (0, 0)))}
 
 
 def run_lengths(mask: Bool[np.ndarray, "height width"]) -> Int[np.ndarray, " runs"]:
@@ -65,7 +58,7 @@ def packed_run_lengths(
     """The same of a mask whose pixels are bits, from the few words in which they change.
 
     Args:
-        packed: A mask as `transforms.pack_masks` makes it, of a part of the photo.
+        packed: A mask of a part of the photo, packed by `columns`, see `transforms.Packing`.
         size: The photo's height and width.
         corner: Column and row of the photo where the part begins.
     """

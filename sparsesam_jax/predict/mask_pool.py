@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 POOL = 256  # Masks in one array of the device: 64 MiB at 1024 pixels.
+AT_ONCE = 32  # Masks that are taken at once, at most.
 
 
 class HostPool:
     """Masks as arrays of the host."""
 
-    at_once: int | None = None  # any number
+    at_once = AT_ONCE
 
     def keep(self, low_res: Float[Array, "*batch h w"], which: Int[np.ndarray, " N"]) -> list[Any]:
         """Keep some masks of a call, where its leading axes are counted as one.
@@ -36,7 +37,7 @@ class HostPool:
 class DevicePool:
     """Masks in arrays of one size on the device, so that any number of them shares two programs."""
 
-    at_once: int | None = 32  # masks that `take` returns
+    at_once = AT_ONCE
 
     def __init__(self) -> None:
         self._pools: list[Array] = []
@@ -63,7 +64,6 @@ class DevicePool:
 
     def take(self, handles: Sequence[tuple[int, int]]) -> Float[Array, "at_once h w"]:
         """The masks of up to `at_once` handles of one shape; behind them are others."""
-        assert self.at_once is not None
         found = None
         for number in sorted({pool for pool, _ in handles}):
             pool = self._pools[number]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Num, UInt8
@@ -17,7 +19,7 @@ from sparsesam_jax.config import Grid
 from sparsesam_jax.model import transforms as host_transforms
 from sparsesam_jax.model.compiled import CompiledSam
 from sparsesam_jax.model.sam import SamModel
-from sparsesam_jax.model.transforms import crop_shape
+from sparsesam_jax.model.transforms import crop_shape, resized_shape
 from sparsesam_jax.predict import device_transforms
 from sparsesam_jax.predict.chunks import PROMPTS, PROMPTS_ON_CPU, Call, Masks, Result, calls
 from sparsesam_jax.predict.embedding import Embedding, fingerprint
@@ -32,6 +34,23 @@ from sparsesam_jax.predict.prompt_arrays import (
 )
 
 Transforms = Literal["auto", "host", "device"]
+
+
+class SetImages(NamedTuple):
+    """The images that are set, together with their places in the caller's order.
+
+    Attributes:
+        embeddings: One, or with `padding="crop"` one a group of images of one grid.
+        places: Of each embedding's images.
+    """
+
+    embeddings: tuple[Embedding, ...]
+    places: tuple[Sequence[int], ...]
+
+    @property
+    def num_images(self) -> int:
+        """How many images there are."""
+        return sum(map(len, self.places))
 
 
 class SamPredictor:
@@ -55,8 +74,8 @@ class SamPredictor:
             and logits of the device are read-only in pinned memory: copy what you keep for long.
 
         padding: `square`, as SAM pads, or `crop`: what would be padding alone is left out, by
-            whole blocks of 8 tokens. Positions stay those of the square. A batch shares the
-            smallest grid that holds all its images: photos of one shape belong together.
+            whole blocks of 8 tokens. Positions stay those of the square. Of a batch, images of one
+            grid are encoded and decoded together.
 
     Raises:
         ValueError: `image_size` is no multiple of the patch size, or `transforms` or `padding` is
@@ -106,12 +125,12 @@ class SamPredictor:
 
     def reset_image(self) -> None:
         """Forget the image."""
-        self._embedding: Embedding | None = None
+        self._images: SetImages | None = None
 
     @property
     def is_image_set(self) -> bool:
         """Whether an image (or a batch) has been embedded."""
-        return self._embedding is not None
+        return self._images is not None
 
     @property
     def fingerprint(self) -> str:
@@ -128,10 +147,16 @@ class SamPredictor:
         """The image (or batch) that is set, as a thing to keep, to save and to set again.
 
         Raises:
-            RuntimeError: No image is set.
+            RuntimeError: No image is set, or images of several grids are.
             ValueError: Set to an embedding that another decoder's model has made.
         """
-        return self._require_embedding()
+        first, *others = self._require_images().embeddings
+        if others:
+            raise RuntimeError(
+                "images of several grids are set (padding='crop') and have no common embedding: "
+                "`embeddings` has one an image"
+            )
+        return first
 
     @embedding.setter
     def embedding(self, embedding: Embedding) -> None:
@@ -141,11 +166,26 @@ class SamPredictor:
                 f"got one for {embedding.fingerprint}"
             )
         features, early = (
-            None if x is None else jax.device_put(np.asarray(x).astype(self.compiled.dtype))
-            for x in embedding.arrays
+            None if x is None else jnp.asarray(x, self.compiled.dtype) for x in embedding.arrays
         )
         assert features is not None
-        self._embedding = dataclasses.replace(embedding, features=features, early_features=early)
+        embedding = dataclasses.replace(embedding, features=features, early_features=early)
+        self._images = SetImages((embedding,), (range(len(embedding.sizes)),))
+
+    @property
+    def embeddings(self) -> list[Embedding]:
+        """The embedding of each image that is set, also where they have several grids.
+
+        Raises:
+            RuntimeError: No image is set.
+        """
+        images = self._require_images()
+        singles = [
+            (place, embedding[index])
+            for embedding, places in zip(*images, strict=True)
+            for index, place in enumerate(places)
+        ]
+        return [single for _, single in sorted(singles, key=lambda pair: pair[0])]
 
     def set_image(
         self,
@@ -190,8 +230,23 @@ class SamPredictor:
             )
             padded.append(pixels)
             sizes.append(ImageSizes((image.shape[0], image.shape[1]), resized))
+        groups = self._groups(sizes)
+        embeddings = [
+            self._embed([padded[i] for i in places], [sizes[i] for i in places])
+            for places in groups
+        ]
         # One assignment, so that no thread ever sees one image's features with another's size.
-        self._embedding = self._embed(padded, sizes)
+        self._images = SetImages(tuple(embeddings), tuple(groups))
+        # From here on the images may be written to: until now the device may have read them.
+        jax.block_until_ready(padded)
+
+    def grid(self, size: tuple[int, int]) -> Grid:
+        """Rows and columns of the features of an image of this height and width."""
+        patch, side = self.compiled.config.image_encoder.patch_size, self.image_size
+        if self.padding == "square":
+            return side // patch, side // patch
+        height, width = crop_shape(resized_shape(*size, side), side, patch)
+        return height // patch, width // patch
 
     def embed_resized_images(
         self,
@@ -199,6 +254,8 @@ class SamPredictor:
         original_sizes: Sequence[tuple[int, int]],
     ) -> Embedding:
         """The embedding of images that have been resized already; it is not set.
+
+        With `padding="crop"` they share the smallest grid that holds all of them.
 
         Args:
             images: RGB, 0 to 255 in any dtype; sides are at most `image_size`.
@@ -225,9 +282,9 @@ class SamPredictor:
         """The features of the image (or batch) that is set.
 
         Raises:
-            RuntimeError: No image is set.
+            RuntimeError: No image is set, or images of several grids are.
         """
-        return self._require_embedding().features  # pyright: ignore
+        return self.embedding.features  # pyright: ignore
 
     def predict(
         self,
@@ -269,12 +326,12 @@ class SamPredictor:
             RuntimeError: No image is set, or a batch is.
             ValueError: A prompt has the wrong shape or labels, or the format is unknown.
         """
-        embedding = self._require_embedding()
-        if len(embedding.sizes) > 1:
+        images = self._require_images()
+        if images.num_images > 1:
             raise RuntimeError("predict needs one image; after set_image_batch use predict_batch")
         prompt = ImagePrompt(point_coords, point_labels, box, mask_input)
         return self._predict(
-            embedding,
+            images,
             [prompt],
             multimask_output=multimask_output,
             return_logits=return_logits,
@@ -314,8 +371,8 @@ class SamPredictor:
             RuntimeError: No image is set.
             ValueError: As `predict`, or a list has another length than the batch.
         """
-        embedding = self._require_embedding()
-        count = len(embedding.sizes)
+        images = self._require_images()
+        count = images.num_images
         columns = []
         for name, values in (
             ("point_coords_batch", point_coords_batch),
@@ -329,7 +386,7 @@ class SamPredictor:
                 )
             columns.append([None] * count if values is None else values)
         results = self._predict(
-            embedding,
+            images,
             [ImagePrompt(*prompt) for prompt in zip(*columns, strict=True)],
             multimask_output=multimask_output,
             return_logits=return_logits,
@@ -368,13 +425,22 @@ class SamPredictor:
         num_masks = config.masks_per_prompt(multimask_output)
         patch = config.image_encoder.patch_size
         results = [
-            Result(a.num_prompts, num_masks, sizes.original, (4 * rows, 4 * cols), mask_format)
+            Result(
+                a.num_prompts,
+                num_masks,
+                sizes.original,
+                (4 * rows, 4 * cols),
+                mask_format,
+                return_logits,
+            )
             for a, sizes in zip(arrays, embedding.sizes, strict=True)
         ]
 
         def store(call: Call, low_res: Array, iou: Array) -> None:
-            logits = device_transforms.pinned(low_res) if self.on_device else low_res
-            host_logits, host_iou = np.asarray(logits), np.asarray(iou)
+            # The masks' programs are under way before anything of this call is waited for.
+            logits, scores = (
+                device_transforms.pinned([low_res, iou]) if self.on_device else (low_res, iou)
+            )
             for place in range(call.images):
                 image = call.image + place
                 stop = min(call.start + call.prompts, arrays[image].num_prompts)
@@ -387,11 +453,14 @@ class SamPredictor:
                     (rows * patch, cols * patch),
                     *embedding.sizes[image][::-1],
                     return_logits=return_logits,
+                    packing=results[image].packing,
+                    out=results[image].room(call.start, count),
                 )
-                own = host_logits[place, :count]
+                own = np.asarray(logits)[place, :count]
                 # Arrays of the host are the caller's, to be written to; JAX's are nobody's.
                 own = own if self.on_device else own.copy()
-                results[image].put(call.start, masks, host_iou[place, :count].copy(), own)
+                own_scores = np.asarray(scores)[place, :count].copy()
+                results[image].put(call.start, masks, own_scores, own)
 
         length = max([MIN_POINTS, *(power_of_two(a.labels.shape[1]) for a in arrays)])
         pending = None  # one call is decoded while the masks of the last come to the host
@@ -413,7 +482,7 @@ class SamPredictor:
             pending = call, low_res, iou
         if pending is not None:
             store(*pending)
-        return [result.arrays(return_logits) for result in results]
+        return [result.arrays() for result in results]
 
     @property
     def transforms(self) -> Any:
@@ -432,6 +501,22 @@ class SamPredictor:
         encoded = self.compiled.encode_padded(padded, resized, crop)
         return Embedding(*encoded, tuple(sizes), self.fingerprint, frame)
 
+    def _groups(self, sizes: Sequence[ImageSizes]) -> list[Sequence[int]]:
+        """Which images are encoded together: all, or with crop those of one grid.
+
+        Grids that are not for all images come in powers of two, for the sake of compilation.
+        """
+        grids: dict[Grid, list[int]] = {}
+        for index, size in enumerate(sizes):
+            grids.setdefault(self.grid(size.original), []).append(index)
+        if len(grids) == 1:
+            return [range(len(sizes))]
+        return [
+            places[start:stop]
+            for places in grids.values()
+            for start, stop in itertools.pairwise(_powers_of_two(len(places)))
+        ]
+
     def _crop(self, resized: np.ndarray) -> tuple[tuple[int, int] | None, Grid | None]:
         """What is encoded of the square and the square's grid; None where it is all of it."""
         patch, side = self.compiled.config.image_encoder.patch_size, self.image_size
@@ -441,25 +526,33 @@ class SamPredictor:
             return None, None
         return crop, (side // patch, side // patch)
 
-    def _require_embedding(self) -> Embedding:
-        embedding = self._embedding
-        if embedding is None:
+    def _require_images(self) -> SetImages:
+        images = self._images
+        if images is None:
             raise RuntimeError("no image is set: call set_image before")
-        return embedding
+        return images
 
     def _predict(
-        self, embedding: Embedding, prompts: list[ImagePrompt], **options: Any
+        self, images: SetImages, prompts: list[ImagePrompt], **options: Any
     ) -> list[Masks]:
-        _, rows, cols, _ = embedding.features.shape
-        arrays = [
-            prompt.arrays(sizes, (4 * rows, 4 * cols))
-            for prompt, sizes in zip(prompts, embedding.sizes, strict=True)
-        ]
-        results = self.predict_arrays(embedding, arrays, **options)
-        return [
-            result if prompt.is_batched else tuple(field[0] for field in result)
-            for prompt, result in zip(prompts, results, strict=True)
-        ]
+        results: list[Masks] = [()] * len(prompts)  # pyright: ignore
+        for embedding, places in zip(*images, strict=True):
+            _, rows, cols, _ = embedding.features.shape
+            arrays = [
+                prompts[place].arrays(sizes, (4 * rows, 4 * cols))
+                for place, sizes in zip(places, embedding.sizes, strict=True)
+            ]
+            found = self.predict_arrays(embedding, arrays, **options)
+            for place, result in zip(places, found, strict=True):
+                single = not prompts[place].is_batched
+                results[place] = tuple(field[0] for field in result) if single else result
+        return results
+
+
+def _powers_of_two(count: int) -> list[int]:
+    """Where pieces begin and end whose sizes are powers of two, the largest first."""
+    bits = range(count.bit_length() - 1, -1, -1)
+    return [0, *itertools.accumulate(1 << bit for bit in bits if count >> bit & 1)]
 
 
 def check_image(image: Any) -> UInt8[np.ndarray, "height width 3"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -37,59 +36,66 @@ class Prompt(NamedTuple):
         return {"point_coords": points, "point_labels": labels, "box": self.box}
 
 
-def make_prompts(
-    points: Sequence[Sequence[float]],
-    labels: Sequence[int],
-    boxes: Sequence[Sequence[float]],
-    *,
-    width: int,
-    height: int,
-) -> list[Prompt]:
-    """One prompt a box, each with all points; without a box one prompt of all points.
+class PromptLists(NamedTuple):
+    """Prompts as they are given, in pixels of an image that is not known yet.
 
-    Args:
-        points: (x, y) in pixels, inside the image.
+    Attributes:
+        points: (x, y) inside the image.
         labels: 1 foreground, 0 background, one a point; none at all means all foreground.
-        boxes: (x0, y0, x1, y1) in pixels, inside the image, x0 < x1 and y0 < y1.
-        width: The image's width.
-        height: The image's height.
-
-    Raises:
-        ValueError: There is no prompt, or one is not as said.
+        boxes: (x0, y0, x1, y1) inside the image, x0 < x1 and y0 < y1.
+        names: What messages call these.
     """
-    check_prompts(points, labels, boxes)
-    for x, y in points:
-        if not (0 <= x < width and 0 <= y < height):
-            raise ValueError(f"--point must lie in the {width} x {height} image, got {x:g} {y:g}")
-    for x0, y0, x1, y1 in boxes:
-        if min(x0, y0) < 0 or x1 > width or y1 > height:
-            got = f"got {x0:g} {y0:g} {x1:g} {y1:g}"
-            raise ValueError(f"--box must lie in the {width} x {height} image, {got}")
-    points_array = np.array(points, np.float64).reshape(-1, 2)
-    labels_array = np.array(labels or [1] * len(points), np.int32)
-    return [
-        Prompt(points_array, labels_array, None if box is None else np.array(box, np.float64))
-        for box in (boxes or [None])
-    ]
 
+    points: list[tuple[float, ...]]
+    labels: list[int]
+    boxes: list[tuple[float, ...]]
+    names: tuple[str, str, str] = ("--point", "--label", "--box")
 
-def check_prompts(
-    points: Sequence[Sequence[float]], labels: Sequence[int], boxes: Sequence[Sequence[float]]
-) -> None:
-    """Raise ValueError unless these are prompts for some image; arguments as `make_prompts`."""
-    if not points and not boxes:
-        raise ValueError("a prompt must be given: --point X Y or --box X0 Y0 X1 Y1, got none")
-    if labels and len(labels) != len(points):
-        raise ValueError(
-            f"--label must be given once a --point or not at all, "
-            f"got {len(labels)} for {len(points)} points"
-        )
-    for label in labels:
-        if label not in (0, 1):
-            raise ValueError(f"--label must be 1 (foreground) or 0 (background), got {label}")
-    for x0, y0, x1, y1 in boxes:
-        if not (x0 < x1 and y0 < y1):
+    @property
+    def num_prompts(self) -> int:
+        """One a box, or one of all points, or none."""
+        return len(self.boxes) or min(1, len(self.points))
+
+    def check(self) -> None:
+        """Raise ValueError unless these are prompts for some image."""
+        point, label, box = self.names
+        if not self.points and not self.boxes:
+            raise ValueError(f"a prompt must be given: {point} X Y or {box} X0 Y0 X1 Y1, got none")
+        if self.labels and len(self.labels) != len(self.points):
             raise ValueError(
-                "--box must be X0 Y0 X1 Y1 with X0 < X1 and Y0 < Y1, "
-                f"got {x0:g} {y0:g} {x1:g} {y1:g}"
+                f"{label} must be given once a point or not at all, "
+                f"got {len(self.labels)} for {len(self.points)} points"
             )
+        for value in self.labels:
+            if value not in (0, 1):
+                raise ValueError(f"{label} must be 1 (foreground) or 0 (background), got {value}")
+        for x0, y0, x1, y1 in self.boxes:
+            if not (x0 < x1 and y0 < y1):
+                raise ValueError(
+                    f"{box} must be X0 Y0 X1 Y1 with X0 < X1 and Y0 < Y1, "
+                    f"got {x0:g} {y0:g} {x1:g} {y1:g}"
+                )
+
+    def prompts(self, *, width: int, height: int) -> list[Prompt]:
+        """One prompt a box, each with all points; without a box one prompt of all points.
+
+        Raises:
+            ValueError: There is no prompt, or one is not as said.
+        """
+        self.check()
+        point, _, box = self.names
+        for x, y in self.points:
+            if not (0 <= x < width and 0 <= y < height):
+                raise ValueError(
+                    f"{point} must lie in the {width} x {height} image, got {x:g} {y:g}"
+                )
+        for x0, y0, x1, y1 in self.boxes:
+            if min(x0, y0) < 0 or x1 > width or y1 > height:
+                got = f"got {x0:g} {y0:g} {x1:g} {y1:g}"
+                raise ValueError(f"{box} must lie in the {width} x {height} image, {got}")
+        points = np.array(self.points, np.float64).reshape(-1, 2)
+        labels = np.array(self.labels or [1] * len(points), np.int32)
+        return [
+            Prompt(points, labels, None if corners is None else np.array(corners, np.float64))
+            for corners in (self.boxes or [None])
+        ]

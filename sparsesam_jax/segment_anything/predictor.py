@@ -60,7 +60,7 @@ class SamPredictor(predictor.SamPredictor):
             )
         pixels = array(transformed_image)[0].transpose(1, 2, 0)
         height, width = original_image_size
-        self._embedding = self.embed_resized_images([pixels], [(height, width)])
+        self.embedding = self.embed_resized_images([pixels], [(height, width)])
 
     def predict_torch(
         self,
@@ -128,8 +128,9 @@ class SamPredictor(predictor.SamPredictor):
     @property
     def original_size(self) -> tuple[int, int] | None:
         """Height and width of the image that is set."""
-        embedding = self._embedding
-        return embedding.sizes[0].original if embedding else self._parts.get("original_size")
+        return (
+            self.embedding.sizes[0].original if self._images else self._parts.get("original_size")
+        )
 
     @original_size.setter
     def original_size(self, size: tuple[int, int] | None) -> None:
@@ -138,8 +139,7 @@ class SamPredictor(predictor.SamPredictor):
     @property
     def input_size(self) -> tuple[int, int] | None:
         """Its height and width in the frame of the model's input."""
-        embedding = self._embedding
-        return embedding.sizes[0].resized if embedding else self._parts.get("input_size")
+        return self._sizes.resized if self._images else self._parts.get("input_size")
 
     @input_size.setter
     def input_size(self, size: tuple[int, int] | None) -> None:
@@ -148,12 +148,16 @@ class SamPredictor(predictor.SamPredictor):
     @property
     def is_image_set(self) -> bool:
         """Whether an image has been embedded, or features and sizes have been set."""
-        return self._embedding is not None
+        return self._images is not None
 
     @is_image_set.setter
     def is_image_set(self, is_set: bool) -> None:
         if not is_set:
             self.reset_image()
+
+    @property
+    def _sizes(self) -> ImageSizes:
+        return self.embedding.sizes[0]
 
     def _set_part(self, name: str, value: Any) -> None:
         known = {

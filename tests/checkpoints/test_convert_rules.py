@@ -47,6 +47,25 @@ def test_says_so_where_shapes_are_ambiguous(tmp_path: Path, blocks: tuple[int, .
     assert convert_checkpoint(folder, tmp_path / "a.safetensors") == config
 
 
+@pytest.mark.parametrize("file", ["b.pth", "b.safetensors"])
+def test_files_written_here_say_what_tensors_do_not(tmp_path: Path, file: str):
+    """Four heads in the decoder, and blocks that are global or have windows of the whole grid."""
+    config = with_encoder(TINY, window_size=3, global_attn_indexes=(1,))
+    config = dataclasses.replace(config, decoder_num_heads=4)
+    state = save_meta(tmp_path / "a.pth", config)
+    form = "meta" if file == "b.pth" else "huggingface"
+    convert_checkpoint(tmp_path / "a.pth", tmp_path / file, to=form, config=config)
+    assert convert_checkpoint(tmp_path / file, tmp_path / "c.pth") == config
+    again = torch.load(tmp_path / "c.pth", weights_only=True)
+    assert same_bits(state, again)
+    with pytest.raises(ConversionError, match="must have the given config"):
+        convert_checkpoint(tmp_path / file, tmp_path / "d.pth", config=TINY)
+    again._metadata[""][native.CONFIG_KEY] = "{}"
+    torch.save(again, tmp_path / "broken.pth")
+    with pytest.raises(ConversionError, match=r"broken\.pth"):
+        convert_checkpoint(tmp_path / "broken.pth", tmp_path / "d.pth")
+
+
 def test_a_given_config_must_be_the_files(tmp_path: Path):
     save_meta(tmp_path / "a.pth")
     other = dataclasses.replace(TINY, decoder_num_heads=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sparsesam_jax.evaluation.metrics import boundary_iou, iou
 from sparsesam_jax.evaluation.protocols import make_protocol
 from sparsesam_jax.evaluation.rows import RowFile
 from sparsesam_jax.evaluation.sparsity_file import read_sparsity, write_sparsity
+from sparsesam_jax.model.compiled import CompiledSam
 from sparsesam_jax.sparsity.work import encoder_work
 
 KEYS = [
@@ -36,10 +38,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Folders `images` and `masks` with five drawn photos of several sizes."""
+    return draw_photos(tmp_path, SIZES)
+
+
+def draw_photos(tmp_path: Path, sizes: list[tuple[int, int]]) -> Path:
     rng = np.random.default_rng(0)
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
-    for index, (height, width) in enumerate(SIZES):
+    for index, (height, width) in enumerate(sizes):
         mask = np.zeros((height, width), bool)
         mask[10:40, 15 + index : 45] = True
         image = rng.integers(0, 100, (height, width, 3)) + 120 * mask[..., None]
@@ -131,6 +137,36 @@ def test_numbers_are_the_predictors(photos: Path, weights: str, capsys) -> None:
         *("quality.png", "best_worst_sparsesam.png"),
     }
     assert len(RowFile(photos / "out" / "rows.csv", resume=True).found) == 10
+
+
+def test_crop_measures_what_a_cropping_predictor_finds(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Photos of one grid are encoded together, whatever stands between them."""
+    encoder = dataclasses.replace(SMALL.image_encoder, image_size=256)
+    config = dataclasses.replace(SMALL, image_encoder=encoder)
+    weights = random_weights(tmp_path / "sam.safetensors", config)
+    sizes = [(40, 90), (90, 40), (64, 64), (42, 88), (88, 42), (64, 60)]
+    photos, crops = draw_photos(tmp_path, sizes), []
+    encode = CompiledSam.encode_padded
+
+    def noted(self, padded, sizes, crop=None):
+        crops.append((len(padded), crop))
+        return encode(self, padded, sizes, crop)
+
+    monkeypatch.setattr(CompiledSam, "encode_padded", noted)
+    args = ("--density", "1.0", "--method", "sparsesam", "--padding", "crop")
+    assert evaluate(photos, str(weights), *args) == 0
+    assert sorted(crops, key=str) == [(2, (128, 256)), (2, (256, 128)), (2, None)]
+    predictor = SamPredictor(Sam.from_pretrained(weights), padding="crop")
+    found = RowFile(photos / "out" / "rows.csv", resume=True).found
+    scores = {row.image: row.iou for row in found.values()}
+    for index, (height, width) in enumerate(sizes):
+        image = np.asarray(Image.open(photos / "images" / f"{index}.png"))
+        truth = np.asarray(Image.open(photos / "masks" / f"{index}.png")) > 128
+        predictor.set_image_batch([image] * 2)
+        box = np.array([15 + index, 10, min(45, width), min(40, height)])
+        (masks, _), _, _ = predictor.predict_batch(box_batch=[box] * 2, multimask_output=False)
+        assert scores[f"{index}"] == pytest.approx(iou(masks[0], truth), abs=2e-3)
+    assert json.loads((photos / "out" / "run.json").read_text())["padding"] == "crop"
 
 
 def test_a_killed_run_ends_with_the_same_numbers(photos, weights, monkeypatch, capsys) -> None:

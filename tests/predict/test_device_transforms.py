@@ -11,7 +11,7 @@ from PIL import Image
 
 from sparsesam_jax import Sam, SamPredictor
 from sparsesam_jax.model import transforms
-from sparsesam_jax.predict import device_transforms
+from sparsesam_jax.predict import copying, device_transforms
 from sparsesam_jax.predict.device_transforms import matrix_taps, pillow_taps
 
 
@@ -51,9 +51,10 @@ def test_resize_and_pad(size):
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("pixels", [(2**20, 2**23), (5000,)], ids=["at once", "in pieces"])
+@pytest.mark.parametrize("pixels", [(2**20, 2**23), (5008,)], ids=["at once", "in pieces"])
 def test_resize_masks(size, pixels, monkeypatch):
     monkeypatch.setattr(device_transforms, "_MASK_PIXELS", pixels)
+    monkeypatch.setattr(copying, "_BYTES", 999)  # so that several threads copy
     low_res = np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype(np.float32)
     frame = ((128, 128), transforms.resized_shape(*size, 128), size)
     which = range(1, 4)
@@ -64,6 +65,18 @@ def test_resize_masks(size, pixels, monkeypatch):
     masks = device_transforms.resize_masks(jnp.asarray(low_res), which, *frame)
     assert masks.dtype == bool
     np.testing.assert_array_equal(masks[np.abs(want) > 1e-5], want[np.abs(want) > 1e-5] > 0)
+    room = np.zeros((5, *masks.shape[1:]), bool)
+    device_transforms.resize_masks(jnp.asarray(low_res), which, *frame, out=room[1:4])
+    np.testing.assert_array_equal(room, np.pad(masks, ((1, 1), (0, 0), (0, 0), (0, 0))))
+    rows = device_transforms.resize_masks(jnp.asarray(low_res), which, *frame, packing="rows")
+    np.testing.assert_array_equal(rows, np.packbits(masks, axis=-1))
+    columns = device_transforms.resize_masks(jnp.asarray(low_res), which, *frame, packing="columns")
+    assert columns.shape[-1] % 8 == 0 and not (columns[..., -1] & 0x80).any()
+    bits = np.unpackbits(columns, axis=-1, bitorder="little")
+    np.testing.assert_array_equal(bits[..., : size[0]], masks.swapaxes(2, 3))
+    assert not bits[..., size[0] :].any()
+    host = transforms.resize_masks(low_res, which, *frame, packing="columns")
+    assert host.shape == columns.shape and (host != columns).mean() < 1e-3
 
 
 def test_matrix_taps_give_the_matrix_back():
@@ -83,7 +96,7 @@ def test_photos_of_all_sizes_share_twelve_programs(sam, monkeypatch):
             compiled.append(event)
 
     # As many pixels for SMALL's 128 as the real steps are for SAM's 1024.
-    monkeypatch.setattr(device_transforms, "_MASK_PIXELS", (2**14, 2**17, 2**18, 2**20))
+    monkeypatch.setattr(device_transforms, "_MASK_PIXELS", (2**14, 7 * 2**14, 2**18, 2**19, 2**20))
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(count)
     predictor = SamPredictor(sam, transforms="device")

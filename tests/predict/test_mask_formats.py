@@ -11,12 +11,37 @@ from models import random_weights
 from pycocotools import mask as coco
 
 from sparsesam_jax import Sam, SamPredictor
-from sparsesam_jax.predict.mask_formats import encode_rle, rle_text, run_lengths
+from sparsesam_jax.predict.mask_formats import (
+    encode_packed,
+    encode_rle,
+    packed_run_lengths,
+    rle_text,
+    run_lengths,
+)
 
 
 @given(hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12)))
 def test_run_lengths_are_pycocotools(mask: np.ndarray):
     assert encode_rle(mask) == coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+
+
+def packed_by_columns(mask: np.ndarray) -> np.ndarray:
+    height, width = mask.shape
+    lines = np.zeros((width, 64 * (height // 64 + 1)), bool)
+    lines[:, :height] = mask.T
+    return np.packbits(lines, axis=1, bitorder="little")
+
+
+@given(
+    hnp.arrays(bool, st.tuples(st.sampled_from([1, 5, 63, 64, 65, 128]), st.integers(1, 9))),
+    st.tuples(st.integers(0, 3), st.integers(0, 3)),
+)
+def test_packed_masks_have_the_same_run_lengths(mask: np.ndarray, corner: tuple[int, int]):
+    packed = packed_by_columns(mask)
+    assert encode_packed(packed, mask.shape) == encode_rle(mask)
+    whole = np.pad(mask, ((corner[1], 1), (corner[0], 2)))
+    lengths = packed_run_lengths(packed, whole.shape, corner)
+    assert lengths.tolist() == run_lengths(whole).tolist()
 
 
 def test_long_runs():

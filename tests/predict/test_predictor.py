@@ -340,5 +340,44 @@ def test_crop_leaves_out_what_is_padding_alone(tmp_path, transforms):
     assert predictor.get_image_embedding().shape == (2, 8, 16, 32)
     batch = predictor.predict_batch([POINTS, POINTS / 2], [LABELS, LABELS])
     np.testing.assert_allclose(batch[2][0], low_res, atol=1e-4)
-    predictor.set_image_batch([photo(60, 120), photo(120, 60, 1)])
-    assert predictor.get_image_embedding().shape == (2, 16, 16, 32)
+
+
+def test_crop_encodes_images_of_one_grid_together(tmp_path, monkeypatch):
+    """Results are those of one image after the other, in the caller's order."""
+    config = dataclasses.replace(
+        SMALL, image_encoder=dataclasses.replace(SMALL.image_encoder, image_size=256)
+    )
+    sam = Sam.from_pretrained(random_weights(tmp_path / "sam.safetensors", config))
+    predictor = SamPredictor(sam, padding="crop")
+    sizes = [(60, 120), (120, 60), (50, 120), (120, 120), (120, 50), (40, 120)]
+    photos = [photo(*size, seed) for seed, size in enumerate(sizes)]
+    boxes = [np.array([5.0, 6, 40, 30 + seed]) for seed in range(len(sizes))]
+    boxes[2] = np.array([[1.0, 2, 30, 40], [5, 6, 20, 20]])
+    singles = []
+    for image, box in zip(photos, boxes, strict=True):
+        predictor.set_image(image)
+        singles.append((predictor.embedding, predictor.predict(box=box)))
+    shapes = []
+    encode = predictor.compiled.encode_padded
+    monkeypatch.setattr(
+        predictor.compiled,
+        "encode_padded",
+        lambda padded, sizes, crop: (
+            shapes.append((len(padded), crop)) or encode(padded, sizes, crop)
+        ),
+    )
+    predictor.set_image_batch(photos)
+    # Three wide ones as two and one, two high ones, and a square.
+    assert shapes == [(2, (128, 256)), (1, (128, 256)), (2, (256, 128)), (1, None)]
+    results = zip(*predictor.predict_batch(box_batch=boxes), strict=True)
+    for (wanted, single), own, result in zip(singles, predictor.embeddings, results, strict=True):
+        assert own.sizes == wanted.sizes and own.frame == wanted.frame
+        np.testing.assert_allclose(own.features, wanted.features, atol=1e-4)
+        assert [field.shape for field in result] == [field.shape for field in single]
+        np.testing.assert_allclose(result[1], single[1], atol=1e-4)
+        np.testing.assert_allclose(result[2], single[2], atol=1e-4)
+        assert (result[0] == single[0]).mean() > 0.999  # logits of nearly 0 may round either way
+    with pytest.raises(RuntimeError, match=r"several grids are set .* `embeddings` has one an"):
+        predictor.get_image_embedding()
+    predictor.embedding = predictor.embeddings[4]
+    np.testing.assert_allclose(predictor.predict(box=boxes[4])[2], singles[4][1][2], atol=1e-4)

@@ -21,10 +21,10 @@ from skimage import data  # noqa: E402
 from sparsesam_jax import Sam as OurSam  # noqa: E402
 from sparsesam_jax import SamPredictor, Sparsity  # noqa: E402
 from sparsesam_jax.checkpoints.sources import locate  # noqa: E402
-from sparsesam_jax.model.transforms import mask_box  # noqa: E402
-from sparsesam_jax.predict import automatic_masks, device_transforms, mask_pool  # noqa: E402
+from sparsesam_jax.predict import automatic_masks, mask_measures, mask_pool  # noqa: E402
 from sparsesam_jax.predict import predictor as predictor_module  # noqa: E402
 from sparsesam_jax.predict.automatic_masks import AutomaticMaskGenerator  # noqa: E402
+from sparsesam_jax.predict.mask_measures import mask_box  # noqa: E402
 from sparsesam_jax.segment_anything import SamAutomaticMaskGenerator  # noqa: E402
 from sparsesam_jax.segment_anything.sam import Sam  # noqa: E402
 
@@ -46,9 +46,8 @@ def models(tmp_path_factory) -> tuple[Sam, Any]:
 
 @pytest.fixture(autouse=True)
 def small_programs(monkeypatch) -> None:
-    """Those of a device measure 65536 rows of masks at once, which takes a CPU a while."""
-    monkeypatch.setattr(device_transforms, "MEASURED_ROWS", 2**11)
-    monkeypatch.setattr(device_transforms, "MEASURED_WIDTHS", 2**13)
+    """Those of a device measure up to 256 masks at once, which takes a CPU a while."""
+    monkeypatch.setattr(mask_measures, "MEASURED_SLOTS", 2**18)
 
 
 @pytest.fixture
@@ -166,8 +165,7 @@ def test_several_photos(models, transforms: Any, padding: Any):
     predictor = SamPredictor(sam, transforms=transforms, padding=padding)
     generator = AutomaticMaskGenerator(predictor, **LOOSE, crop_n_layers=1)
     assert generator.generate_batch([]) == []
-    # With crop, photos of one shape: a batch shares its grid.
-    images = [photo(64, 128), photo(32, 64)] if padding == "crop" else [photo(90, 60), photo(9, 40)]
+    images = [photo(90, 60), photo(9, 40)]
     found = generator.generate_batch(images)
     for records, image in zip(found, images, strict=True):
         check_records(records, generator.generate(image))

@@ -133,7 +133,9 @@ class Bench:
         self._dense = self._dense or (outcome, ious)
         dense, dense_ious = self._dense
         errors = [
-            relative_error(a.features, b.features) for a, b in zip(outcome, dense, strict=True)
+            error
+            for a, b in zip(outcome, dense, strict=True)
+            for error in map(relative_error, a.features, b.features)
         ]
         rows = {
             "iou": ious,
