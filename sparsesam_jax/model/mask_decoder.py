@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sparsesam_jax.config import Grid, SamConfig
@@ -322,11 +323,14 @@ class DecoderAttention(nnx.Module):
         bias = self._einsum("gpthd,hd->gpht", k, bias.astype(k.dtype))
         bias = jnp.where(present.reshape(groups, -1, 1, length), bias, -jnp.inf)
         k = self._einsum("gpthd,chd->gphtc", k, self._kernel("q_proj")).astype(image.dtype)
-        logits = self._einsum("gnc,gphtc->gpnht", image, k) + bias[:, :, None]
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        # The few tokens are no good last axis: the image's thousands are.
+        logits = self._einsum("gphtc,gnc->gphtn", k, image) + bias[..., None]
+        weights = jax.nn.softmax(logits, axis=-2).astype(v.dtype)
         v = self._einsum("gpthd,chd->gphtc", v, self._kernel("out_proj")).astype(v.dtype)
-        out = self._einsum("gpnht,gphtc->gpnc", weights, v) + self._bias("out_proj")
-        return out.astype(v.dtype).reshape(batch, *image.shape[1:])
+        # In float32 this would be the largest array of the decoder.
+        out = self._einsum("gphtn,gphtc->gpnc", weights, v, v.dtype)
+        out = out + self._bias("out_proj").astype(v.dtype)
+        return out.reshape(batch, *image.shape[1:])
 
     @property
     def _replaced(self) -> bool:
@@ -347,9 +351,9 @@ class DecoderAttention(nnx.Module):
     def _bias(self, name: str) -> Array:
         return getattr(self, name).bias[...]
 
-    def _einsum(self, subscripts: str, a: Array, b: Array) -> Array:
-        """A product that is accumulated, and returned, in float32."""
-        options = {"precision": self.dtypes.precision, "preferred_element_type": jnp.float32}
+    def _einsum(self, subscripts: str, a: Array, b: Array, dtype: DTypeLike = jnp.float32) -> Array:
+        """A product that is accumulated in float32."""
+        options = {"precision": self.dtypes.precision, "preferred_element_type": dtype}
         return jnp.einsum(subscripts, a, b, **options)
 
 
@@ -384,20 +388,10 @@ def _products(
     precision: jax.lax.Precision | None,
 ) -> Float[Array, "B K *pixels"]:
     """Each mask's weights times the upscaled features, in float32."""
-    batch, masks, channels = weights.shape
-    flat = upscaled.reshape(batch, -1, channels)
-
-    def product(weights: Array, flat: Array) -> Array:
-        options = {"precision": precision, "preferred_element_type": jnp.float32}
-        return jnp.einsum("bkc,bpc->bkp", weights, flat, **options)
-
-    def fused(weights: Array, flat: Array) -> Array:
-        # Three numbers a pixel are no work for a matrix unit, whose inputs would have to be written
-        # first; a sum is one program with what makes its terms.
-        return (weights[:, :, None].astype(jnp.float32) * flat[:, None].astype(jnp.float32)).sum(-1)
-
-    found = jax.lax.platform_dependent(weights, flat, cpu=product, default=fused)
-    return found.reshape(batch, masks, *upscaled.shape[1:-1])
+    flat = upscaled.reshape(len(upscaled), -1, upscaled.shape[-1])
+    options = {"precision": precision, "preferred_element_type": jnp.float32}
+    found = jnp.einsum("bkc,bpc->bkp", weights, flat, **options)
+    return found.reshape(*found.shape[:2], *upscaled.shape[1:-1])
 
 
 def _raster(x: Float[Array, "B N 2 2 2 2 c"], grid: Grid) -> Float[Array, "B height width c"]:

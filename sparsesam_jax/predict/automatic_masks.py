@@ -35,8 +35,8 @@ OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1
 T = TypeVar("T")
 
+PIXELS_AT_ONCE = 2**26  # Of masks that come to the host in one array that needs no copy.
 _CROP_EDGE = 20.0  # Pixels from a crop's edge within which a mask may have been cut off.
-_PIXELS_AT_ONCE = 2**26  # of masks that come to the host in an array that is not put together
 _TOKENS = 2  # of a prompt: its point, and the one that SAM adds to points without a box
 _EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
 
@@ -330,7 +330,7 @@ class AutomaticMaskGenerator:
         resize = self.predictor.transforms.resize_masks
         for (crop, frame), masks in itertools.groupby(found, lambda m: (m.crop_box, m.frame)):
             handles = [mask.handle for mask in masks]
-            step = min(pool.at_once, max(1, _PIXELS_AT_ONCE // _area(crop)))
+            step = min(pool.at_once, max(1, PIXELS_AT_ONCE // _area(crop)))
             for start in range(0, len(handles), step):
                 part = handles[start : start + step]
                 low_res = pool.take(part)[:, None]
