@@ -1,0 +1,116 @@
+"""What a tuning step minimises: SAM's losses over several rounds of prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparsesam_jax.model.prompt_encoder import ABSENT
+from sparsesam_jax.model.sam import SamModel
+from sparsesam_jax.tuning.augment import Example
+from sparsesam_jax.tuning.losses import Losses, mask_losses
+from sparsesam_jax.tuning.prompting import Prompting, Prompts, clicks, first_prompts
+
+MIN_AREA = 16  # pixels of a mask that is worth a prompt
+
+
+class _Round(NamedTuple):
+    prompts: Prompts
+    logits: Float[Array, "B P R R"]
+    has_mask: Bool[Array, "B P"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """How prompts are drawn and errors are weighed."""
+
+    prompting: Prompting = dataclasses.field(default_factory=Prompting)
+    losses: Losses = dataclasses.field(default_factory=Losses)
+
+    def __call__(
+        self, sam: SamModel, example: Example, key: Array
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The loss of a batch, and what it is made of.
+
+        The first prompt of a target is a box or a point; each further round adds a click where the
+        mask of the round before is wrong, and mostly sees that mask. Both the single mask and the
+        best of the proposals are trained in every round.
+
+        Args:
+            sam: The model.
+            example: What it sees and should find.
+            key: Of this step.
+        """
+        embedding = sam.encode(example.pixels)
+        _, *sides, _ = embedding.features.shape
+        grid, size = (sides[0], sides[1]), example.pixels.shape[1]
+        masks, inside = example.masks & example.inside[:, None], example.inside
+        stride = size / masks.shape[-1]
+        wanted = masks.sum((-2, -1)) >= MIN_AREA
+        weight = wanted / jnp.maximum(wanted.sum(), 1)
+        multimask = False if sam.config.hq else None
+
+        def decode(state: _Round) -> tuple[Array, Array]:
+            points, labels = state.prompts
+            embed = partial(sam.prompt_encoder, image_size=(size, size), grid=grid)
+            tokens, empty = embed(points, labels, None)
+            _, given = embed(points, labels, state.logits)
+            dense = jnp.where(state.has_mask[..., None, None, None], given, empty)
+            return sam.mask_decoder(
+                embedding.features,
+                sam.prompt_encoder.dense_position(grid),
+                tokens,
+                labels != ABSENT,
+                dense,
+                multimask_output=multimask,
+                early_features=embedding.early_features,
+            )
+
+        # Kept for the gradient is what a round begins with, not what is inside of it.
+        @jax.checkpoint
+        def judge(state: _Round) -> tuple[Array, dict[str, Array], Array]:
+            logits, iou = decode(state)
+            found = mask_losses(logits, iou, masks, inside, self.losses)
+            of_mask = self.losses.focal * found["focal"] + self.losses.dice * found["dice"]
+            loss = of_mask[..., 0]
+            best = found["true_iou"][..., 0]
+            if logits.shape[2] > 1:
+                loss += of_mask[..., 1:].min(-1)
+                best = found["true_iou"][..., 1:].max(-1)
+            # Every mask's quality is predicted, the poor ones' too.
+            loss += self.losses.iou * found["iou"].mean(-1)
+            record = {
+                "focal": found["focal"][..., 0],
+                "dice": found["dice"][..., 0],
+                "iou_error": jnp.sqrt(found["iou"][..., 0]),
+                "iou": found["true_iou"][..., 0],
+                "best_iou": best,
+            }
+            record = {name: (value * weight).sum() for name, value in record.items()}
+            return (loss * weight).sum(), record, jax.lax.stop_gradient(logits[:, :, 0])
+
+        def step(state: _Round, index: Array) -> tuple[_Round, tuple[Array, dict[str, Array]]]:
+            loss, record, logits = judge(state)
+            keys = jax.random.split(jax.random.fold_in(key, index), 2)
+            wrong = ((logits > 0) ^ masks) & inside[:, None]
+            point, label = clicks(keys[0], wrong, masks, stride, self.prompting.deep)
+            has_mask = jax.random.bernoulli(keys[1], self.prompting.mask_input, wanted.shape)
+            prompts = state.prompts.with_click(index + 1, point, label)
+            return _Round(prompts, logits, has_mask), (loss, record)
+
+        rounds = self.prompting.rounds
+        start = _Round(
+            first_prompts(jax.random.fold_in(key, rounds), masks, stride, self.prompting),
+            jnp.zeros(masks.shape, jnp.float32),
+            jnp.zeros(wanted.shape, bool),
+        )
+        _, (losses, records) = jax.lax.scan(step, start, jnp.arange(rounds))
+        record = {"loss": losses.mean(), "wanted": wanted.mean()}
+        for name, values in records.items():
+            record |= {f"{name}_{index}": values[index] for index in (0, rounds - 1)}
+        return losses.mean(), record
