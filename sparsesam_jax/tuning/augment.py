@@ -150,15 +150,12 @@ def augment(
 
     if augmentation.paste:
         # The last target of a photo gives way to the first of the photo after it.
-        neighbour = (jnp.arange(count) + 1) % count
-        large, small = (
-            _masks(own[:, :1], down, across)[neighbour, 0],
-            masks[neighbour, 0] & inside,
-        )
+        large = jnp.roll(_masks(own[:, :1], down, across)[:, 0], -1, axis=0)
+        small = jnp.roll(masks[:, 0], -1, axis=0) & inside
         share = small.sum((1, 2)) / inside.sum((1, 2))
         wanted = jax.random.bernoulli(paste_key, augmentation.paste, (count,))
         wanted = (wanted & (share > _MIN_PASTE) & (share < _MAX_PASTE))[:, None, None]
-        pixels = jnp.where((large & wanted)[..., None], pixels[neighbour], pixels)
+        pixels = jnp.where((large & wanted)[..., None], jnp.roll(pixels, -1, axis=0), pixels)
         masks &= ~(small & wanted)[:, None]
         masks = masks.at[:, -1].set(jnp.where(wanted, small, masks[:, -1]))
     pixels = (pixels - PIXEL_MEAN) / PIXEL_STD
