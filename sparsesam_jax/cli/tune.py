@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 STAGES = ["1024:4"]
 TRAIN = ["decoder"]
-MODEL = "model.safetensors"
 
 
 def tune(
@@ -102,6 +102,9 @@ def tune(
         ]
     check_folder(out)
     locate(weights)
+    # The photos are read while JAX and the model are.
+    pool = ThreadPoolExecutor(1)
+    reading = pool.submit(load, sources, side, weights=shares, processes=processes)
 
     from sparsesam_jax.checkpoints.pretrained import Sam
     from sparsesam_jax.tuning import run
@@ -140,14 +143,11 @@ def tune(
         implementation=implementation,
         remat=remat,
     )
-    photos = load(sources, side, weights=shares, processes=processes)
+    photos = reading.result()
     typer.echo(f"{len(photos)} photos with {len(photos.members)} masks")
-    tuned = run.tune(
-        sam, photos, settings, out, validation=validation, resume=resume, report=_report
-    )
-    tuned.save_pretrained(out / MODEL)
+    run.tune(sam, photos, settings, out, validation=validation, resume=resume, report=_report)
     draw_curves(out / run.LOG, out / "losses.png")
-    typer.echo(f"wrote {out / MODEL}")
+    typer.echo(f"wrote {out / run.MODEL}")
 
 
 def _stage(text: str) -> dict[str, Any]:
@@ -170,6 +170,9 @@ def _weight(text: str) -> tuple[str, float]:
 
 
 def _report(line: dict[str, Any]) -> None:
+    if "compile_seconds" in line:
+        typer.echo(f"compiled in {line['compile_seconds']:.0f} s")
+        return
     if scores := line.get("validation"):
         text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         typer.echo(f"step {line['step']}: {text}")

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sparsesam_jax.model.transforms import PIXEL_MEAN, PIXEL_STD
 
+_MIDDLE = 128.0  # grey, which contrast leaves as it is
 _MIN_PASTE, _MAX_PASTE = 0.01, 0.5  # areas of an object that is pasted, as a share of the photo's
 
 
@@ -114,6 +115,25 @@ class _View(NamedTuple):
         return weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-6)
 
 
+class _Chance(NamedTuple):
+    """Uniform numbers in [0, 1) of a photo, [B] each, by what they decide."""
+
+    crop: Array
+    side: Array
+    stretch: Array
+    top: Array
+    left: Array
+    shrink: Array
+    flip: Array
+    light: Array
+    contrast: Array
+    saturation: Array
+    red: Array
+    blue: Array
+    grey: Array
+    paste: Array
+
+
 def augment(
     key: Array,
     batch: Batch,
@@ -134,12 +154,13 @@ def augment(
         dtype: Of the products; pixels keep 8 bits in bfloat16.
     """
     count, side = batch.photos.shape[:2]
-    view_key, colour_key, paste_key = jax.random.split(key, 3)
-    rows, cols = _views(view_key, batch.sizes, image_size, augmentation)
+    # All that is drawn at once: a generator is a large program.
+    chance = _Chance(*jax.random.uniform(key, (len(_Chance._fields), count)))
+    rows, cols = _views(chance, batch.sizes, image_size, augmentation)
     across, down = (view.matrix(image_size, side, 1.0).astype(dtype) for view in (cols, rows))
     pixels = jnp.einsum("bxj,bijc->bixc", across, batch.photos.astype(dtype))
     pixels = jnp.einsum("byi,bixc->byxc", down, pixels, preferred_element_type=jnp.float32)
-    pixels = _colour(colour_key, pixels, augmentation)
+    pixels = _colour(chance, pixels, augmentation)
 
     own = jax.vmap(lambda members, labels: members[:, labels])(batch.members, batch.labels)
     scale = resolution / image_size
@@ -153,8 +174,8 @@ def augment(
         large = jnp.roll(_masks(own[:, :1], down, across)[:, 0], -1, axis=0)
         small = jnp.roll(masks[:, 0], -1, axis=0) & inside
         share = small.sum((1, 2)) / inside.sum((1, 2))
-        wanted = jax.random.bernoulli(paste_key, augmentation.paste, (count,))
-        wanted = (wanted & (share > _MIN_PASTE) & (share < _MAX_PASTE))[:, None, None]
+        fits = (share > _MIN_PASTE) & (share < _MAX_PASTE)
+        wanted = ((chance.paste < augmentation.paste) & fits)[:, None, None]
         pixels = jnp.where((large & wanted)[..., None], jnp.roll(pixels, -1, axis=0), pixels)
         masks &= ~(small & wanted)[:, None]
         masks = masks.at[:, -1].set(jnp.where(wanted, small, masks[:, -1]))
@@ -164,50 +185,48 @@ def augment(
 
 
 def _views(
-    key: Array, sizes: Array | np.ndarray, image_size: int, augmentation: Augmentation
+    chance: _Chance, sizes: Array | np.ndarray, image_size: int, augmentation: Augmentation
 ) -> tuple[_View, _View]:
     """What is taken of rows and columns."""
-    keys, count = jax.random.split(key, 6), len(sizes)
     sizes = jnp.asarray(sizes, jnp.float32)
+    cropped = chance.crop < augmentation.crop
 
-    def uniform(index: int, low: float, high: float) -> Array:
-        return jax.random.uniform(keys[index], (count,), minval=low, maxval=high)
+    def between(low: float, share: Array) -> Array:
+        return jnp.where(cropped, low + (1 - low) * share, 1.0)
 
-    cropped = jax.random.bernoulli(keys[0], augmentation.crop, (count,))
-    share = jnp.where(cropped, uniform(1, augmentation.min_side, 1.0), 1.0)
-    stretch = jnp.log(augmentation.stretch)
-    stretch = jnp.where(cropped, jnp.exp(uniform(2, -1.0, 1.0) * stretch), 1.0)
-    room = jax.random.uniform(keys[3], (count, 2))
-    lengths = sizes * share[:, None]
-    shapes = lengths * jnp.stack([jnp.sqrt(stretch), 1 / jnp.sqrt(stretch)], -1)
-    longest = image_size * jnp.where(cropped, uniform(4, augmentation.shrink, 1.0), 1.0)
+    lengths = sizes * between(augmentation.min_side, chance.side)[:, None]
+    stretch = jnp.where(cropped, augmentation.stretch ** (chance.stretch - 0.5), 1.0)
+    shapes = lengths * jnp.stack([stretch, 1 / stretch], -1)
+    longest = image_size * between(augmentation.shrink, chance.shrink)
     # Whole pixels, as SAM rounds.
     outs = jnp.floor(shapes * (longest / shapes.max(-1))[:, None] + 0.5)
     outs = jnp.maximum(outs, 1)
-    flipped = jax.random.bernoulli(keys[5], augmentation.flip, (count,))
-    starts = room * (sizes - lengths)
-    mirrored = (jnp.zeros_like(flipped), flipped)
+    starts = jnp.stack([chance.top, chance.left], -1) * (sizes - lengths)
+    mirrored = (jnp.zeros_like(cropped), chance.flip < augmentation.flip)
     first, second = (
         _View(starts[:, i], lengths[:, i], outs[:, i], mirrored[i], sizes[:, i]) for i in (0, 1)
     )
     return first, second
 
 
-def _colour(key: Array, pixels: Array, augmentation: Augmentation) -> Array:
+def _colour(chance: _Chance, pixels: Array, augmentation: Augmentation) -> Array:
     """Other brightness, contrast and saturation, or grey."""
     if not (augmentation.colour or augmentation.grey):
         return pixels
-    keys, count = jax.random.split(key, 2), len(pixels)
-    change = augmentation.colour * jax.random.uniform(keys[0], (5, count), minval=-1, maxval=1)
-    light, contrast, saturation, red, blue = 1 + change[..., None, None, None]
+
+    def factor(share: Array, change: float = augmentation.colour) -> Array:
+        return 1 + change * (2 * share - 1)[:, None, None, None]
+
     # A cast of the light is smaller than the other changes are.
-    cast = jnp.concatenate([1 + (red - 1) / 3, jnp.ones_like(red), 1 + (blue - 1) / 3], -1)
-    grey = jax.random.bernoulli(keys[1], augmentation.grey, (count,))[:, None, None, None]
-    saturation = jnp.where(grey, 0, saturation)
-    luminance = pixels @ jnp.array([0.299, 0.587, 0.114], jnp.float32)[:, None]
+    red, blue = (factor(x, augmentation.colour / 3) for x in (chance.red, chance.blue))
+    pixels = pixels * jnp.concatenate([red, jnp.ones_like(red), blue], -1)
+    weights = jnp.array([0.299, 0.587, 0.114], jnp.float32)
+    luminance = (pixels * weights).sum(-1, keepdims=True)
+    grey = (chance.grey < augmentation.grey)[:, None, None, None]
+    saturation = jnp.where(grey, 0, factor(chance.saturation))
     pixels = luminance + (pixels - luminance) * saturation
-    pixels = (pixels * cast - 128) * contrast + 128
-    return jnp.clip(pixels * light, 0, 255)
+    pixels = (pixels - _MIDDLE) * factor(chance.contrast) + _MIDDLE
+    return jnp.clip(pixels * factor(chance.light), 0, 255)
 
 
 def _masks(own: Array, down: Array, across: Array) -> Bool[Array, "B P R C"]:

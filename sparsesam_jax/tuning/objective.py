@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from sparsesam_jax.model.prompt_encoder import ABSENT
 from sparsesam_jax.model.sam import SamModel
 from sparsesam_jax.tuning.augment import Example
+from sparsesam_jax.tuning.encoding import encode
 from sparsesam_jax.tuning.losses import Losses, mask_losses
 from sparsesam_jax.tuning.prompting import Prompting, Prompts, clicks, first_prompts
 
@@ -46,7 +47,7 @@ class Objective:
             example: What it sees and should find.
             key: Of this step.
         """
-        embedding = sam.encode(example.pixels)
+        embedding = encode(sam, example.pixels)
         _, *sides, _ = embedding.features.shape
         grid, size = (sides[0], sides[1]), example.pixels.shape[1]
         masks, inside = example.masks & example.inside[:, None], example.inside
@@ -98,8 +99,16 @@ class Objective:
             loss, record, logits = judge(state)
             keys = jax.random.split(jax.random.fold_in(key, index), 2)
             wrong = ((logits > 0) ^ masks) & inside[:, None]
-            point, label = clicks(keys[0], wrong, masks, stride, self.prompting.deep)
-            has_mask = jax.random.bernoulli(keys[1], self.prompting.mask_input, wanted.shape)
+            chance = jax.random.uniform(keys[0], (*wanted.shape, 4))
+            point, label = clicks(
+                keys[1],
+                wrong,
+                masks,
+                stride,
+                deep=chance[..., 0] < self.prompting.deep,
+                within=chance[..., 1:3],
+            )
+            has_mask = chance[..., 3] < self.prompting.mask_input
             prompts = state.prompts.with_click(index + 1, point, label)
             return _Round(prompts, logits, has_mask), (loss, record)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from sparsesam_jax.model.prompt_encoder import (
 _BOX_SLOTS = 2
 _DEPTHS = (1, 1, 2, 4, 8, 16)  # steps of erosion, by pixels of the masks
 _MAX_JITTER = 20  # pixels of the input, as in SAM's training
+_INSIDE = 0.999  # keeps a normal number finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,21 @@ class Prompts(NamedTuple):
         return Prompts(self.points.at[:, :, slot].set(point), self.labels.at[:, :, slot].set(label))
 
 
+class _Chance(NamedTuple):
+    """Uniform numbers in [0, 1) of a prompt, [B, P] each, by what they decide."""
+
+    has_box: Array
+    has_point: Array
+    jitter: Array
+    left: Array
+    top: Array
+    right: Array
+    bottom: Array
+    deep: Array
+    x: Array
+    y: Array
+
+
 def first_prompts(
     key: Array, masks: Bool[Array, "B P R R"], stride: float, prompting: Prompting
 ) -> Prompts:
@@ -80,11 +97,19 @@ def first_prompts(
         stride: Pixels of the model's input a pixel of the masks.
         prompting: How prompts are drawn.
     """
-    keys, shape = jax.random.split(key, 4), masks.shape[:2]
-    box = jittered(keys[0], boxes(masks) * stride, masks.shape[-1] * stride, prompting.jitter)
-    point = clicks(keys[1], masks, masks, stride, prompting.deep)[0]
-    has_box = jax.random.bernoulli(keys[2], prompting.box, shape)
-    has_point = ~has_box | jax.random.bernoulli(keys[3], prompting.box_point, shape)
+    keys, shape = jax.random.split(key), masks.shape[:2]
+    # All that is drawn at once: a generator is a large program.
+    chance = _Chance(*jax.random.uniform(keys[0], (len(_Chance._fields), *shape)))
+    sides = jnp.stack([chance.left, chance.top, chance.right, chance.bottom], -1)
+    # From exact boxes to loose ones: users have both.
+    amount = 2 * prompting.jitter * chance.jitter[..., None]
+    box = jittered(boxes(masks) * stride, sides, amount, masks.shape[-1] * stride)
+    within = jnp.stack([chance.x, chance.y], -1)
+    point, _ = clicks(
+        keys[1], masks, masks, stride, deep=chance.deep < prompting.deep, within=within
+    )
+    has_box = chance.has_box < prompting.box
+    has_point = ~has_box | (chance.has_point < prompting.box_point)
     empty = (*shape, prompting.rounds - 1)
     corners = jnp.where(has_box[..., None], jnp.array([BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]), ABSENT)
     labels = [
@@ -110,15 +135,23 @@ def boxes(masks: Bool[Array, "*batch R R"]) -> Float[Array, "*batch 4"]:
 
 
 def jittered(
-    key: Array, box: Float[Array, "*batch 4"], size: float, jitter: float
+    box: Float[Array, "*batch 4"],
+    share: Float[Array, "*batch 4"],
+    amount: Float[Array, "*batch 1"],
+    size: float,
 ) -> Float[Array, "*batch 4"]:
-    """Boxes with noise on every side: normal, a share of the box's sides, 20 pixels at most."""
-    keys = jax.random.split(key)
+    """Boxes with normal noise on every side, 20 pixels at most.
+
+    Args:
+        box: The boxes.
+        share: Uniform in [0, 1): the noise's place in its distribution.
+        amount: Standard deviation, as a share of the box's sides.
+        size: Where the input ends.
+    """
     sides = jnp.tile(box[..., 2:] - box[..., :2], 2)
-    # From exact boxes to loose ones: users have both.
-    amount = jitter * jax.random.uniform(keys[0], (*box.shape[:-1], 1)) * 2
-    noise = jax.random.normal(keys[1], box.shape) * amount * sides
-    return jnp.clip(box + jnp.clip(noise, -_MAX_JITTER, _MAX_JITTER), 0, size)
+    normal = math.sqrt(2) * jax.lax.erf_inv(jnp.clip(2 * share - 1, -_INSIDE, _INSIDE))
+    noise = jnp.clip(normal * amount * sides, -_MAX_JITTER, _MAX_JITTER)
+    return jnp.clip(box + noise, 0, size)
 
 
 def clicks(
@@ -126,7 +159,9 @@ def clicks(
     region: Bool[Array, "B P R R"],
     masks: Bool[Array, "B P R R"],
     stride: float,
-    deep: float,
+    *,
+    deep: Bool[Array, "B P"],
+    within: Float[Array, "B P 2"],
 ) -> tuple[Float[Array, "B P 2"], Int[Array, "B P"]]:
     """A click in every region: its place in the input and whether the target is there.
 
@@ -135,18 +170,16 @@ def clicks(
         region: Where the click may fall; an empty one is as good as the target.
         masks: The targets.
         stride: Pixels of the model's input a pixel of the masks.
-        deep: Probability of a click far from the region's edge.
+        deep: Which clicks fall far from the region's edge, the others anywhere in it.
+        within: Uniform in [0, 1): the click's place in its pixel of the mask.
     """
-    keys, (rows, cols) = jax.random.split(key, 3), region.shape[-2:]
+    rows, cols = region.shape[-2:]
     region = jnp.where(region.any((-2, -1), keepdims=True), region, masks)
-    score = jax.random.uniform(keys[0], region.shape, minval=0.1)
-    if deep:
-        wanted = jax.random.bernoulli(keys[1], deep, region.shape[:2])
-        score += wanted[..., None, None] * depth(region)
+    score = jax.random.uniform(key, region.shape, minval=0.1)
+    score += deep[..., None, None] * depth(region)
     place = jnp.where(region, score, 0).reshape(*region.shape[:2], -1).argmax(-1)
     y, x = place // cols, place % cols
     found = jnp.take_along_axis(masks.reshape(*masks.shape[:2], -1), place[..., None], -1)[..., 0]
-    within = jax.random.uniform(keys[2], (*place.shape, 2))
     # The prompt encoder adds half a pixel.
     point = (jnp.stack([x, y], -1) + within) * stride - 0.5
     return jnp.clip(point, 0, rows * stride - 1), jnp.where(found, FOREGROUND, BACKGROUND)

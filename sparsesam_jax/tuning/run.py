@@ -28,6 +28,7 @@ from sparsesam_jax.tuning.step import Optimiser, State, Step, initial_state
 from sparsesam_jax.tuning.validation import validate
 
 LOG = "log.jsonl"
+MODEL = "model.safetensors"
 _CHECKPOINTS = "checkpoints"
 _AHEAD = 2  # batches that are made while a step runs
 
@@ -55,8 +56,8 @@ class Settings:
     Attributes:
         stages: One after the other.
         steps: Length of the run in steps, or
-        seconds: in seconds. The learning rate then goes by the clock, so that no run is like
-            another.
+        seconds: in seconds, the compiler's among them. The learning rate then goes by the clock, so
+            that no run is like another.
         targets: Targets of a photo in a step.
         accumulate: Micro-batches of a step.
         train: Patterns of what is tuned, see `parameters.take_apart`.
@@ -120,8 +121,9 @@ def tune(
 ) -> Sam:
     """Tune a model on all devices that JAX sees.
 
-    `out` gets `settings.json`, `log.jsonl` (a line every `log_every` steps and one a validation)
-    and checkpoints, of which a run that was ended at any moment continues with the same losses.
+    `out` gets `settings.json`, `log.jsonl` (a line every `log_every` steps and one a validation),
+    `model.safetensors` (the averaged parameters) and checkpoints, of which a run that was ended at
+    any moment continues with the same losses.
 
     Args:
         sam: The model; it stays as it is. Parameters should be float32.
@@ -166,9 +168,9 @@ class _Run:
         copy = self.parts._replace(tuned=jax.tree.map(jnp.copy, self.parts.tuned))
         state = initial_state(copy, settings.optimiser)
         self.state: State = jax.device_put(state, self.everywhere)
-        self.elapsed = 0.0
+        self.elapsed = self.begun = 0.0  # seconds now and at the first step
         self.manager = self._open(resume)
-        self.pool = ThreadPoolExecutor(_AHEAD + 1)
+        self.pool = ThreadPoolExecutor(_AHEAD + 1 + len(settings.stages))
         self.batches: collections.deque[tuple[tuple[int, int], Future[Batch]]] = collections.deque()
 
     def __call__(
@@ -182,15 +184,22 @@ class _Run:
                 log.flush()
                 report(line)
 
+            start = time.perf_counter() - self.elapsed
             compiled = [self.pool.submit(self._compile, stage) for stage in settings.stages]
             compiled[settings.stage(self._progress(step))].result()
-            start, images, last = time.perf_counter() - self.elapsed, 0, time.perf_counter()
+            took = time.perf_counter() - start - self.elapsed
+            write({"step": step, "compile_seconds": round(took, 1)})
+            self.elapsed += took
+            self.begun = self.begun or self.elapsed
+            # What a validation needs is compiled beside the steps.
+            warm = self.pool.submit(validate, self.model(), validation[:1]) if validation else None
+            images, last = 0, time.perf_counter()
             record = None
             while (progress := self._progress(step)) < 1:
                 index = settings.stage(progress)
-                before = time.perf_counter()
+                if settings.seconds and index and not compiled[index].done():
+                    index -= 1  # rather than to wait for the compiler
                 stage, run = settings.stages[index], compiled[index].result()
-                start += time.perf_counter() - before  # the compiler's time is not the run's
                 batch = self._batch(step, stage)
                 waited = record
                 self.state, record = run(self.state, self.fixed, batch, np.float32(progress))
@@ -213,7 +222,8 @@ class _Run:
                     start, last = (x + time.perf_counter() - paused for x in (start, last))
             self._save(step)
             model = self.model()
-            if validation:
+            if warm is not None:
+                warm.result()
                 write({"step": step, "validation": validate(model, validation)})
         return model
 
@@ -227,7 +237,7 @@ class _Run:
         if self.settings.steps is not None:
             return step / self.settings.steps
         assert self.settings.seconds is not None
-        return self.elapsed / self.settings.seconds
+        return (self.elapsed - self.begun) / max(self.settings.seconds - self.begun, 1e-9)
 
     def _compile(self, stage: Stage) -> Any:
         settings = self.settings
@@ -278,9 +288,10 @@ class _Run:
         manager = ocp.CheckpointManager((self.out / _CHECKPOINTS).absolute(), options=options)
         latest = manager.latest_step()
         if latest is not None:
-            target = {"state": self.state, "elapsed": 0.0}
+            target = {"state": self.state, "elapsed": 0.0, "begun": 0.0}
             restored = manager.restore(latest, args=ocp.args.StandardRestore(target))
-            self.state, self.elapsed = restored["state"], float(restored["elapsed"])
+            self.state = restored["state"]
+            self.elapsed, self.begun = float(restored["elapsed"]), float(restored["begun"])
         if log.exists():
             kept = [row for row in _lines(log) if json.loads(row)["step"] <= (latest or 0)]
             with atomic_path(log) as temporary:
@@ -290,8 +301,9 @@ class _Run:
     def _save(self, step: int) -> None:
         if step == self.manager.latest_step():
             return
-        tree = {"state": self.state, "elapsed": self.elapsed}
+        tree = {"state": self.state, "elapsed": self.elapsed, "begun": self.begun}
         self.manager.save(step, args=ocp.args.StandardSave(tree))
+        self.model().save_pretrained(self.out / MODEL)
 
 
 def _lines(log: Path) -> Iterator[str]:

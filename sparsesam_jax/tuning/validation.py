@@ -31,7 +31,8 @@ def validate(sam: SamModel, photos: Sequence[Photo]) -> dict[str, float]:
         which is the next one's mask input), and `iou_error`: the mean of
         |predicted - true| over the first three.
     """
-    rows = [_photo_scores(SamPredictor(sam), photo) for photo in photos]
+    predictor = SamPredictor(sam)
+    rows = [_photo_scores(predictor, photo) for photo in photos]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
