@@ -65,6 +65,22 @@ def tune(
     iou: Annotated[float, typer.Option(help="Weight of the predicted IoU's error.")] = 1.0,
     alpha: Annotated[float, typer.Option(help="The focal loss's share of foreground.")] = 0.25,
     paste: Annotated[float, typer.Option(help="Probability of a pasted object.")] = 0.25,
+    lora: Annotated[int, typer.Option(help="Rank of updates of qkv; 0: none.")] = 0,
+    density: Annotated[
+        float | None, typer.Option(help="Tune the sparse encoder of this density, (0, 1].")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Weights of a model to follow: a file or a folder.")
+    ] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Or: folder of its embeddings; photos then stay in place.")
+    ] = None,
+    features: Annotated[
+        float, typer.Option(help="Weight of the distance to the teacher's features.")
+    ] = 0.0,
+    teacher_masks: Annotated[
+        bool, typer.Option("--teacher-masks", help="The teacher's masks are the targets.")
+    ] = False,
     accumulate: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1,
     remat: Annotated[bool, typer.Option("--remat", help="Save memory: compute twice.")] = False,
     dtype: Annotated[Dtype, typer.Option(help="What is computed in.")] = "float32",
@@ -101,15 +117,19 @@ def tune(
             read_photo(pair) for pair in folder_pairs(validation_images, validation_masks)
         ]
     check_folder(out)
-    locate(weights)
+    for name in (weights, *([] if teacher is None else [teacher])):
+        locate(name)
     # The photos are read while JAX and the model are.
     pool = ThreadPoolExecutor(1)
-    reading = pool.submit(load, sources, side, weights=shares, processes=processes)
+    options = {"weights": shares, "processes": processes, "embeddings": embeddings}
+    reading = pool.submit(load, sources, side, **options)
 
     from sparsesam_jax.checkpoints.pretrained import Sam
+    from sparsesam_jax.config import Sparsity
     from sparsesam_jax.tuning import run
-    from sparsesam_jax.tuning.augment import Augmentation
+    from sparsesam_jax.tuning.augment import STILL, Augmentation
     from sparsesam_jax.tuning.curves import draw_curves
+    from sparsesam_jax.tuning.lora import add_lora
     from sparsesam_jax.tuning.losses import Losses
     from sparsesam_jax.tuning.objective import Objective
     from sparsesam_jax.tuning.prompting import Prompting
@@ -126,26 +146,36 @@ def tune(
         objective=Objective(
             prompting=Prompting(rounds=rounds),
             losses=Losses(focal=focal, dice=dice, iou=iou, alpha=alpha),
+            features=features,
+            teacher_masks=teacher_masks,
         ),
         optimiser=Optimiser(
             learning_rate=learning_rate, warmup=warmup, weight_decay=weight_decay, ema=ema
         ),
-        augmentation=Augmentation(paste=paste),
+        augmentation=Augmentation(paste=paste) if embeddings is None else STILL,
         log_every=log_every,
         save_every=save_every,
         validate_every=validate_every,
     )
-    sam = Sam.from_pretrained(
-        weights,
-        dtype=dtype,
-        param_dtype="float32",
-        residual_dtype="float32",
-        implementation=implementation,
-        remat=remat,
-    )
+    precision: Any = {"dtype": dtype, "param_dtype": "float32", "residual_dtype": "float32"}
+    precision |= {"implementation": implementation}
+    sparsity = None if density is None else Sparsity(density)
+    sam = Sam.from_pretrained(weights, sparsity=sparsity, remat=remat, **precision)
+    if lora:
+        sam = add_lora(sam, lora, seed)
+    model = None if teacher is None else Sam.from_pretrained(teacher, **precision)
     photos = reading.result()
     typer.echo(f"{len(photos)} photos with {len(photos.members)} masks")
-    run.tune(sam, photos, settings, out, validation=validation, resume=resume, report=_report)
+    run.tune(
+        sam,
+        photos,
+        settings,
+        out,
+        teacher=model,
+        validation=validation,
+        resume=resume,
+        report=_report,
+    )
     draw_curves(out / run.LOG, out / "losses.png")
     typer.echo(f"wrote {out / run.MODEL}")
 

@@ -52,7 +52,7 @@ class Augmentation:
                 raise ValueError(f"{field.name} must be {expected}, got {value!r}")
 
 
-NONE = Augmentation(flip=0, crop=0, stretch=1, shrink=1, colour=0, grey=0, paste=0)
+STILL = Augmentation(flip=0, crop=0, paste=0)  # the photo stays where it is
 
 
 class Batch(NamedTuple):
@@ -63,12 +63,14 @@ class Batch(NamedTuple):
         sizes: Height and width of each.
         labels: Label maps.
         members: For every target which labels are its own.
+        features: A teacher's features of the photos as they are; None without such.
     """
 
     photos: UInt8[Array | np.ndarray, "B side side 3"]
     sizes: Int[Array | np.ndarray, "B 2"]
     labels: UInt8[Array | np.ndarray, "B side side"]
     members: Bool[Array | np.ndarray, "B P 256"]
+    features: Float[Array | np.ndarray, "B Gh Gw C"] | None = None
 
 
 class Example(NamedTuple):

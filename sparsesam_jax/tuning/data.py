@@ -46,6 +46,7 @@ class Drawn(NamedTuple):
     sizes: Int[np.ndarray, "B 2"]
     labels: UInt8[np.ndarray, "B side side"]
     members: Bool[np.ndarray, "B P 256"]
+    features: Float[np.ndarray, "B Gh Gw C"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Photos:
         photos: What `Source.load` returned.
         side: Side of the square that each is stored in.
         weights: How often each is drawn, relative to the others; None is alike.
+        features: A teacher's features of each.
     """
 
     def __init__(
@@ -132,7 +134,9 @@ class Photos:
         count: int,
         side: int,
         weights: Float[np.ndarray, " N"] | None = None,
+        features: Float[np.ndarray, "N Gh Gw C"] | None = None,
     ):
+        self.features = features
         self.images = np.zeros((count, side, side, 3), np.uint8)
         self.labels = np.zeros((count, side, side), np.uint8)
         self.sizes = np.zeros((count, 2), np.int32)
@@ -168,9 +172,9 @@ class Photos:
         available = self.targets[index][:, None]
         start = rng.integers(0, available)
         chosen = self.first[index][:, None] + (start + np.arange(targets)) % available
-        return Drawn(
-            self.images[index], self.sizes[index], self.labels[index], self.members[chosen]
-        )
+        features = None if self.features is None else self.features[index]
+        photos, labels, members = self.images[index], self.labels[index], self.members[chosen]
+        return Drawn(photos, self.sizes[index], labels, members, features)
 
 
 def load(
@@ -179,6 +183,7 @@ def load(
     *,
     weights: dict[str, float] | None = None,
     processes: int = 0,
+    embeddings: Path | None = None,
 ) -> Photos:
     """Read photos into memory.
 
@@ -188,9 +193,11 @@ def load(
         weights: How often the photos of a group are drawn, relative to 1 for the others.
         processes: How many read; with 0 this process's threads do. Other processes import the
             caller's main module, which then has to be guarded as `multiprocessing` says.
+        embeddings: Folder of a teacher's `Embedding` files of the photos' stems.
 
     Raises:
-        ValueError: A photo cannot be read, none has a mask, or `weights` names no group.
+        ValueError: A photo or embedding cannot be read, none has a mask, or `weights` names no
+            group.
     """
     weights = weights or {}
     unknown = weights.keys() - {source.group for source in sources}
@@ -207,7 +214,23 @@ def load(
     with pool:
         chunk = 16 if processes else 1
         photos = pool.map(_load, sources, [side] * len(sources), chunksize=chunk)
-        return Photos(photos, len(sources), side, share)
+        features = None if embeddings is None else _features(sources, embeddings)
+        return Photos(photos, len(sources), side, share, features)
+
+
+def _features(sources: Sequence[Source], folder: Path) -> np.ndarray:
+    """Features of all photos in float16, as the padded square has them."""
+    # Imported here: JAX takes seconds, and processes that read photos need none.
+    from sparsesam_jax.predict.embedding import Embedding
+
+    found = []
+    for source in sources:
+        embedding = Embedding.load(folder / f"{source.image.stem}.safetensors")
+        features = np.asarray(embedding.features[0], np.float16)
+        rows, cols = embedding.frame or features.shape[:2]
+        edges = ((0, rows - features.shape[0]), (0, cols - features.shape[1]), (0, 0))
+        found.append(np.pad(features, edges))
+    return np.stack(found)
 
 
 def _load(source: Source, side: int) -> Photo:

@@ -10,6 +10,8 @@ from sparsesam_jax.model.program import Program
 from sparsesam_jax.model.sam import ImageEmbedding, SamModel
 from sparsesam_jax.sparsity.plan import Rankings, encoder_plan
 
+_KEPT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
 
 def encode(sam: SamModel, pixels: Float[Array, "B height width 3"]) -> ImageEmbedding:
     """`SamModel.encode`, as a loop over equal groups of blocks where the encoder has such.
@@ -36,7 +38,9 @@ def encode(sam: SamModel, pixels: Float[Array, "B height width 3"]) -> ImageEmbe
             x, _ = program.graph.merge(arrays)(x, plan, Rankings())
         return x, None
 
-    x, _ = jax.lax.scan(jax.checkpoint(group) if encoder.remat else group, x, leaves)
+    if encoder.remat:  # all but products with weights is computed again
+        group = jax.checkpoint(group, policy=_KEPT)
+    x, _ = jax.lax.scan(group, x, leaves)
     return ImageEmbedding(encoder.neck_features(x), None)
 
 

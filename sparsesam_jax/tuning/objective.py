@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparsesam_jax.model.prompt_encoder import ABSENT
 from sparsesam_jax.model.sam import SamModel
+from sparsesam_jax.model.transforms import MASK_THRESHOLD
 from sparsesam_jax.tuning.augment import Example
 from sparsesam_jax.tuning.encoding import encode
 from sparsesam_jax.tuning.losses import Losses, mask_losses
@@ -28,13 +29,38 @@ class _Round(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """How prompts are drawn and errors are weighed."""
+    """How prompts are drawn, errors are weighed and a teacher is followed.
+
+    Attributes:
+        prompting: How prompts are drawn.
+        losses: Weights of the masks' losses.
+        features: Weight of the distance to a teacher's features: the squared distance over the
+            square of these, so that 1 is a model that has learnt nothing.
+        teacher_masks: Whether the targets are what a teacher finds for the first prompts, instead
+            of the data's masks.
+    """
 
     prompting: Prompting = dataclasses.field(default_factory=Prompting)
     losses: Losses = dataclasses.field(default_factory=Losses)
+    features: float = 0.0
+    teacher_masks: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.features >= 0:
+            raise ValueError(f"features must not be negative, got {self.features!r}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything of a teacher is asked for."""
+        return self.teacher_masks or self.features > 0
 
     def __call__(
-        self, sam: SamModel, example: Example, key: Array
+        self,
+        sam: SamModel,
+        example: Example,
+        key: Array,
+        teacher: SamModel | None = None,
+        features: Float[Array, "B Gh Gw C"] | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The loss of a batch, and what it is made of.
 
@@ -46,12 +72,23 @@ class Objective:
             sam: The model.
             example: What it sees and should find.
             key: Of this step.
+            teacher: A model that finds masks for the same input.
+            features: A teacher's, where they were computed before.
         """
         embedding = encode(sam, example.pixels)
         _, *sides, _ = embedding.features.shape
         grid, size = (sides[0], sides[1]), example.pixels.shape[1]
         masks, inside = example.masks & example.inside[:, None], example.inside
         stride = size / masks.shape[-1]
+        first = first_prompts(
+            jax.random.fold_in(key, self.prompting.rounds), masks, stride, self.prompting
+        )
+        if teacher is not None:
+            taught = encode(teacher, example.pixels)
+            features = taught.features
+            if self.teacher_masks:
+                found, _ = teacher.decode(taught, *first, multimask_output=False)
+                masks = jax.lax.stop_gradient(found[:, :, 0] > MASK_THRESHOLD) & inside[:, None]
         wanted = masks.sum((-2, -1)) >= MIN_AREA
         weight = wanted / jnp.maximum(wanted.sum(), 1)
         multimask = False if sam.config.hq else None
@@ -114,12 +151,32 @@ class Objective:
 
         rounds = self.prompting.rounds
         start = _Round(
-            first_prompts(jax.random.fold_in(key, rounds), masks, stride, self.prompting),
+            first,
             jnp.zeros(masks.shape, jnp.float32),
             jnp.zeros(wanted.shape, bool),
         )
         _, (losses, records) = jax.lax.scan(step, start, jnp.arange(rounds))
-        record = {"loss": losses.mean(), "wanted": wanted.mean()}
+        loss, record = losses.mean(), {"wanted": wanted.mean()}
+        if self.features:
+            assert features is not None, "a run checks that there is a teacher"
+            distance = record["feature_distance"] = _distance(
+                embedding.features, jax.lax.stop_gradient(features), inside
+            )
+            loss += self.features * distance
+        record["loss"] = loss
         for name, values in records.items():
             record |= {f"{name}_{index}": values[index] for index in (0, rounds - 1)}
-        return losses.mean(), record
+        return loss, record
+
+
+def _distance(
+    features: Float[Array, "B Gh Gw C"],
+    wanted: Float[Array, "B Gh Gw C"],
+    inside: Bool[Array, "B R R"],
+) -> Float[Array, ""]:
+    """Squared distance over the square of what is wanted, where the input is no padding."""
+    stride = inside.shape[1] // features.shape[1]
+    counts = inside[:, ::stride, ::stride, None]
+    features, wanted = features.astype(jnp.float32), wanted.astype(jnp.float32)
+    error = jnp.where(counts, features - wanted, 0)
+    return (error**2).sum() / jnp.where(counts, wanted**2, 0).sum()

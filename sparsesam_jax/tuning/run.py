@@ -20,15 +20,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sparsesam_jax.checkpoints.atomic import atomic_path
 from sparsesam_jax.checkpoints.pretrained import Sam
 from sparsesam_jax.evaluation.datasets import Photo
+from sparsesam_jax.model.sam import SamModel
 from sparsesam_jax.tuning.augment import Augmentation, Batch
 from sparsesam_jax.tuning.data import Photos
+from sparsesam_jax.tuning.lora import has_lora, merge_lora, save_lora
 from sparsesam_jax.tuning.objective import Objective
 from sparsesam_jax.tuning.parameters import take_apart
-from sparsesam_jax.tuning.step import Optimiser, State, Step, initial_state
+from sparsesam_jax.tuning.step import Fixed, Optimiser, State, Step, initial_state
 from sparsesam_jax.tuning.validation import validate
 
 LOG = "log.jsonl"
 MODEL = "model.safetensors"
+LORA = "lora.safetensors"
 _CHECKPOINTS = "checkpoints"
 _AHEAD = 2  # batches that are made while a step runs
 
@@ -115,6 +118,7 @@ def tune(
     settings: Settings,
     out: Path,
     *,
+    teacher: SamModel | None = None,
     validation: Sequence[Photo] = (),
     resume: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda line: None,
@@ -122,7 +126,8 @@ def tune(
     """Tune a model on all devices that JAX sees.
 
     `out` gets `settings.json`, `log.jsonl` (a line every `log_every` steps and one a validation),
-    `model.safetensors` (the averaged parameters) and checkpoints, of which a run that was ended at
+    `model.safetensors` (the averaged parameters; a low-rank update is merged, and by itself in
+    `lora.safetensors`) and checkpoints, of which a run that was ended at
     any moment continues with the same losses.
 
     Args:
@@ -130,6 +135,7 @@ def tune(
         photos: What it is tuned on.
         settings: Everything else.
         out: Folder of the run.
+        teacher: A model that the objective follows.
         validation: Photos that it is measured on.
         resume: Whether to continue the run that `out` holds.
         report: Called with every line of the log.
@@ -138,15 +144,25 @@ def tune(
         The model with the averaged parameters.
 
     Raises:
-        ValueError: `out` holds a run and `resume` is false, or that run has other settings; or a
-            batch cannot be divided among the devices.
+        ValueError: `out` holds a run and `resume` is false, or that run has other settings; a batch
+            cannot be divided among the devices; or the objective needs a teacher that is not there,
+            or features of photos that the augmentation moves.
     """
-    run = _Run(sam, photos, settings, out, resume)
+    run = _Run(sam, photos, settings, out, teacher, resume)
     return run(validation, report)
 
 
 class _Run:
-    def __init__(self, sam: Sam, photos: Photos, settings: Settings, out: Path, resume: bool):
+    def __init__(
+        self,
+        sam: Sam,
+        photos: Photos,
+        settings: Settings,
+        out: Path,
+        teacher: SamModel | None,
+        resume: bool,
+    ):
+        _check_teacher(teacher, photos, settings)
         mesh = Mesh(np.array(jax.devices()), ("data",))
         for stage in settings.stages:
             if stage.batch // settings.accumulate % mesh.size:
@@ -163,7 +179,9 @@ class _Run:
         self.parts = take_apart(sam, settings.train)
         self.everywhere = NamedSharding(mesh, PartitionSpec())
         self.by_photo = NamedSharding(mesh, PartitionSpec("data"))
-        self.fixed = jax.device_put(self.parts.fixed, self.everywhere)
+        self.teacher = teacher and take_apart(teacher, [])
+        fixed = Fixed(self.parts.fixed, self.teacher.fixed if self.teacher else {})
+        self.fixed = jax.device_put(fixed, self.everywhere)
         # A copy, because a step takes the memory of what it is given.
         copy = self.parts._replace(tuned=jax.tree.map(jnp.copy, self.parts.tuned))
         state = initial_state(copy, settings.optimiser)
@@ -243,6 +261,7 @@ class _Run:
         settings = self.settings
         step = Step(
             parts=self.parts,
+            teacher=self.teacher,
             objective=settings.objective,
             optimiser=settings.optimiser,
             augmentation=settings.augmentation,
@@ -299,11 +318,33 @@ class _Run:
         return manager
 
     def _save(self, step: int) -> None:
+        jax.block_until_ready(self.state)  # an error of the step is its own, not the checkpoint's
         if step == self.manager.latest_step():
             return
         tree = {"state": self.state, "elapsed": self.elapsed, "begun": self.begun}
         self.manager.save(step, args=ocp.args.StandardSave(tree))
-        self.model().save_pretrained(self.out / MODEL)
+        model = self.model()
+        merge_lora(model).save_pretrained(self.out / MODEL)
+        if has_lora(model):
+            save_lora(model, self.out / LORA)
+
+
+def _check_teacher(teacher: SamModel | None, photos: Photos, settings: Settings) -> None:
+    objective = settings.objective
+    given = teacher is not None or photos.features is not None
+    if objective.needs_teacher and (not given or (objective.teacher_masks and teacher is None)):
+        raise ValueError("objective needs a teacher, got none")
+    if given and not objective.needs_teacher:
+        raise ValueError("objective must say what is followed of the teacher, got nothing")
+    if teacher is None and photos.features is not None:
+        moved = {name: getattr(settings.augmentation, name) for name in ("flip", "crop", "paste")}
+        if any(moved.values()):
+            raise ValueError(f"augmentation must leave photos with features in place, got {moved}")
+        for stage in settings.stages:
+            rows = photos.features.shape[1]
+            if stage.image_size % rows:
+                expected = f"that of the {rows} rows of features"
+                raise ValueError(f"image_size must be {expected}, got {stage.image_size}")
 
 
 def _lines(log: Path) -> Iterator[str]:

@@ -67,6 +67,13 @@ class Optimiser:
         return self.learning_rate * cosine * jnp.minimum(1, (step + 1) / max(1, self.warmup))
 
 
+class Fixed(NamedTuple):
+    """Arrays that no step changes, by name: the model's, and all of the teacher's."""
+
+    model: dict[str, Array]
+    teacher: dict[str, Array]
+
+
 class State(NamedTuple):
     """What a step changes.
 
@@ -85,10 +92,11 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled step for one size of the input.
+    """A step for one size of the input.
 
     Args:
-        parts: The model; its arrays are not kept here.
+        parts: The model; its arrays are not used.
+        teacher: A model that is followed, likewise; None without one.
         objective: What is minimised.
         optimiser: How.
         augmentation: What is done to the photos.
@@ -98,6 +106,7 @@ class Step:
     """
 
     parts: Parts
+    teacher: Parts | None
     objective: Objective
     optimiser: Optimiser
     augmentation: Augmentation
@@ -106,13 +115,13 @@ class Step:
     seed: int
 
     def __call__(
-        self, state: State, fixed: dict[str, Array], batch: Batch, progress: Array
+        self, state: State, fixed: Fixed, batch: Batch, progress: Array
     ) -> tuple[State, dict[str, Array]]:
         """The state after a step on a batch, and its record; pure, for `jax.jit`."""
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
 
         def loss(tuned: dict[str, Array], index: Array, batch: Batch) -> Any:
-            sam = self.parts.model(tuned, fixed)
+            sam = self.parts.model(tuned, fixed.model)
             augment_key, prompt_key = jax.random.split(jax.random.fold_in(key, index))
             example = augment(
                 augment_key,
@@ -122,7 +131,9 @@ class Step:
                 self.augmentation,
                 dtype=sam.image_encoder.dtypes.compute,
             )
-            return self.objective(sam, example, prompt_key)
+            teacher = self.teacher and self.teacher.model({}, fixed.teacher)
+            features = None if batch.features is None else jnp.asarray(batch.features)
+            return self.objective(sam, example, prompt_key, teacher, features)
 
         gradient = jax.value_and_grad(loss, has_aux=True)
 
