@@ -129,6 +129,8 @@ class Objective:
                 "iou": found["true_iou"][..., 0],
                 "best_iou": best,
             }
+            # Stopped, because the root's gradient at 0 is infinite, and times 0 no number.
+            record = jax.lax.stop_gradient(record)
             record = {name: (value * weight).sum() for name, value in record.items()}
             return (loss * weight).sum(), record, jax.lax.stop_gradient(logits[:, :, 0])
 

@@ -102,7 +102,7 @@ def test_large_photos_are_shrunk(tmp_path):
 
 def test_what_is_wrong_is_said(tmp_path):
     images, masks = write_discs(tmp_path, 1)
-    with pytest.raises(ValueError, match="exactly one of masks, labels and coco .* got none"):
+    with pytest.raises(ValueError, match=r"exactly one of masks, labels and coco .* got none"):
         find(images)
     with pytest.raises(ValueError, match="images must be a folder"):
         find(tmp_path / "nothing", masks=masks)
