@@ -18,6 +18,7 @@ LAYERS = [
     {"sparsesam_jax.predict"},
     {"sparsesam_jax.segment_anything", "sparsesam_jax.methods"},
     {"sparsesam_jax.evaluation"},
+    {"sparsesam_jax.tuning"},
     {"sparsesam_jax.cli"},
     {"sparsesam_jax", "sparsesam_jax.__main__"},  # the package hands out names of all its rooms
     {"convert"},

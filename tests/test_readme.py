@@ -111,6 +111,7 @@ def test_python_blocks(document: Path, folder: Path, monkeypatch: pytest.MonkeyP
 WRITTEN = {
     "README.md": ["overlay.png", "mask.png", "layout.png", "tuned.pth", "tuned"],
     "index.md": ["overlay.png"],
+    "tuning.md": ["tuning/model.safetensors", "tuning/losses.png"],
     "photos.md": ["overlay.png", "mask.png"],
     "conversion.md": ["vit_b.safetensors", "from_hf.safetensors", "tuned.pth", "tuned"],
     "evaluation.md": ["evaluation/summary.json", "evaluation/quality.png", "calibrated.json"],

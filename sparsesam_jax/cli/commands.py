@@ -16,6 +16,7 @@ from sparsesam_jax.cli import (
     everything,
     info,
     segment,
+    tune,
 )
 from sparsesam_jax.cli.options import Command
 
@@ -60,5 +61,6 @@ for _command in (
     evaluate.evaluate_coco,
     analysis.calibrate,
     analysis.figures,
+    tune.tune,
 ):
     app.command(cls=Command)(_command)
