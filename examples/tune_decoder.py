@@ -2,8 +2,8 @@
 
     python examples/tune_decoder.py PHOTOS MASKS --out tuned
 
-The first 20 photos are tuned on, the next 10 are held out. The image encoder stays as it is, so that
-two CPU cores suffice. `sparsesam tune` has all options.
+The first 20 photos are tuned on, the next 10 are held out. The image encoder stays as it is, so
+that two CPU cores suffice. `sparsesam tune` has all options.
 """
 
 from __future__ import annotations
