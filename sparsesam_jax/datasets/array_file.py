@@ -109,6 +109,7 @@ class ArrayShard:
     def finish(self) -> None:
         """Write the table."""
         self._file.write(self._table.tobytes())
+        self._file.flush()
 
 
 def chunked(features: np.ndarray, layout: ArrayLayout) -> np.ndarray:

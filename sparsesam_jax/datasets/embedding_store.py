@@ -83,18 +83,29 @@ class EmbeddingShard:
                 file = self._files.enter_context(open(temporary, "wb"))  # noqa: SIM115
                 self._open[name] = ArrayShard(file, layout)
         for name, array in self._open.items():
-            array.add(row % self._store.shard_size, photo[name])
+            with self._named_errors(name):
+                array.add(row % self._store.shard_size, photo[name])
 
     def commit(self) -> None:
         """Give the files their names."""
-        for array in self._open.values():
-            array.finish()
+        for name, array in self._open.items():
+            with self._named_errors(name):
+                array.finish()
         self._files.close()
 
     def abort(self, error: BaseException) -> None:
         """Leave nothing behind."""
         with contextlib.suppress(type(error)):
             self._files.__exit__(type(error), error, error.__traceback__)
+
+    @contextlib.contextmanager
+    def _named_errors(self, name: str) -> Iterator[None]:
+        """A full disk is said without the file's name."""
+        try:
+            yield
+        except OSError as error:
+            path = str(shard_path(self._store, name, self._shard))
+            raise OSError(error.errno, error.strerror, path) from error
 
 
 def shard_path(store: Store, name: str, shard: int) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import hashlib
 import importlib.util
 import multiprocessing
@@ -31,7 +32,7 @@ Item = TypeVar("Item")
 Read = TypeVar("Read")
 
 _THREADS = 4
-_AHEAD = 16  # photos that wait for the model, of a thread pool or of each worker process
+_AHEAD = 8  # photos that wait for the model, of a thread pool or of each worker process
 _AHEAD_OF_WORKER = 4
 _SHARED = Path("/dev/shm")  # whose memory processes share photos in; a container has 64 MB
 _SHARED_BYTES_A_WORKER = 2**24
@@ -182,8 +183,9 @@ def _by_processes(
             f"little memory, or too little of it in {_SHARED}"
         ) from error
     finally:
-        element = None
         found.close()  # pyright: ignore[reportAttributeAccessIssue]
+        del found, element
+        gc.collect()  # grain's circles hold each worker's last photo in shared memory
 
 
 def _copied(element: Any) -> Any:
