@@ -165,7 +165,7 @@ def _by_processes(
 
     if not flags.FLAGS.is_parsed():  # grain asks for absl's flags, which only absl's programs have
         flags.FLAGS.mark_as_parsed()
-    data = grain.MapDataset.source(items).map(read).to_iter_dataset()
+    data = grain.MapDataset.source(items).map(_Kept(read)).to_iter_dataset()
     options = grain.MultiprocessingOptions(
         num_workers=min(workers, len(items)), per_worker_buffer_size=_AHEAD_OF_WORKER
     )
@@ -173,7 +173,8 @@ def _by_processes(
     element: Any = None
     try:
         for element in found:
-            yield _copied(element)  # shared memory is scarce, so it is given back at once
+            if element[0] is not None:
+                yield _copied(element[0])  # shared memory is scarce, so it is given back at once
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
@@ -186,6 +187,16 @@ def _by_processes(
         found.close()  # pyright: ignore[reportAttributeAccessIssue]
         del found, element
         gc.collect()  # grain's circles hold each worker's last photo in shared memory
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """Keeps what is left out in its place: grain would shift the order of the workers' items."""
+
+    read: Callable[[Any], Any]
+
+    def __call__(self, item: Any) -> tuple[Any]:
+        return (self.read(item),)
 
 
 def _copied(element: Any) -> Any:

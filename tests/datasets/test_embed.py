@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -29,13 +30,15 @@ from sparsesam_jax.datasets.loading import LoadedPhoto
 from sparsesam_jax.datasets.sources import find_source, part_of
 from sparsesam_jax.datasets.store import Store
 
+ENCODER = dataclasses.replace(SMALL.image_encoder, depth=2, global_attn_indexes=(0,))
+MODEL = dataclasses.replace(SMALL, image_encoder=ENCODER)
 COUNT = 13
 OPTIONS = ["--batch", "2", "--shard-size", "4", "--workers", "0"]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(random_weights(tmp_path_factory.mktemp("weights") / "small.safetensors"))
+    return str(random_weights(tmp_path_factory.mktemp("weights") / "small.safetensors", MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +186,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path, photos, weights, wh
     )
     assert full.returncode == 2, full.stderr
     last = full.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "File too large" in last and "features/c/0" in last
+    assert last.startswith("error: ") and "File too large" in last and "features/c/1" in last
     assert not [*(tmp_path / "store").rglob("*.partial")]
     assert embed(photos, weights, tmp_path / "store") == 1
     assert contents(tmp_path / "store") == contents(whole)
@@ -320,6 +323,6 @@ def test_the_same_in_python(tmp_path, photos, weights, whole) -> None:
         (0, 2, ["00002.jpg", "00003.jpg"])
     ]
     assert with_limits["max_side"] == 20000 and store.settings["reader"]["max_side"] is None
-    assert SMALL.image_encoder.patch_size == store.settings["patch_size"]
+    assert store.settings["patch_size"] == ENCODER.patch_size
     path = "features/c/0/0/0/0"
     assert (store.path / path).read_bytes() == (whole / path).read_bytes()
