@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import signal
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from killed import draw
+from killed import draw, square
 from PIL import Image
 
 from sparsesam_jax.datasets.loading import LoadPhoto, load_ahead
@@ -119,13 +118,6 @@ def test_broken_photos_have_a_reason(tmp_path: Path) -> None:
     assert "No such file" in absent.error
 
 
-def square(number: int) -> np.ndarray | None:
-    """What a worker process does here; nothing for 2."""
-    if number == 9:
-        raise ValueError("nine")
-    return None if number == 2 else np.full((300, 300), number)
-
-
 def test_worker_processes() -> None:
     found = list(load_ahead(range(6), square, 2))
     assert [int(x[0, 0]) for x in found] == [0, 1, 3, 4, 5]
@@ -135,7 +127,7 @@ def test_worker_processes() -> None:
 
 
 def test_a_dead_worker_is_an_error() -> None:
-    photos = load_ahead(range(10, 100000), functools.partial(square), 1)
+    photos = load_ahead(range(10, 100000), square, 1)
     next(photos)
     args = ["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"]
     worker = subprocess.run(args, capture_output=True, text=True, check=True).stdout.split()[-1]
