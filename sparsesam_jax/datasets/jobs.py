@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparsesam_jax.checkpoints.sources import locate
-from sparsesam_jax.choices import Dtype, Implementation, Padding
+from sparsesam_jax.choices import Dtype, Implementation, Padding, Products
 from sparsesam_jax.config import SamConfig, Sparsity
 from sparsesam_jax.datasets.loading import LoadedPhoto, LoadPhoto
 from sparsesam_jax.datasets.sources import Source
@@ -36,6 +36,7 @@ class ModelOptions:
         density: What the encoder keeps; None is dense.
         dtype: What is computed in.
         implementation: As for `Sam`.
+        products: As for `Sam`.
         image_size: Side of the padded input; None is the model's own.
         padding: As for `SamPredictor`.
         batch: Photos of a device's encoder call.
@@ -45,6 +46,7 @@ class ModelOptions:
     density: float | None = None
     dtype: Dtype = "float32"
     implementation: Implementation = "auto"
+    products: Products = "dtype"
     image_size: int | None = None
     padding: Padding = "square"
     batch: int = 8
@@ -102,6 +104,7 @@ def _predictor(options: ModelOptions) -> SamPredictor:
         sparsity=None if options.density is None else Sparsity(options.density),
         dtype=options.dtype,
         implementation=options.implementation,
+        products=options.products,
     )
     return SamPredictor(sam, options.image_size, padding=options.padding)
 
