@@ -16,6 +16,7 @@ LAYERS = [
     {"sparsesam_jax.model"},
     {"sparsesam_jax.checkpoints"},
     {"sparsesam_jax.predict"},
+    {"sparsesam_jax.datasets"},
     {"sparsesam_jax.segment_anything", "sparsesam_jax.methods"},
     {"sparsesam_jax.evaluation"},
     {"sparsesam_jax.tuning"},

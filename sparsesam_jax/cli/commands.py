@@ -11,6 +11,7 @@ from sparsesam_jax.cli import (
     analysis,
     compilation_cache,
     convert,
+    dataset,
     demo,
     evaluate,
     everything,
@@ -55,6 +56,8 @@ for _command in (
     demo.demo,
     segment.segment,
     everything.everything,
+    dataset.embed,
+    dataset.segment_dataset,
     info.info,
     convert.convert,
     evaluate.evaluate,
@@ -64,3 +67,4 @@ for _command in (
     tune.tune,
 ):
     app.command(cls=Command)(_command)
+app.add_typer(dataset.store, name="store")
