@@ -144,7 +144,10 @@ class Step:
         if self.accumulate == 1:
             (_, record), found = gradient(state.tuned, jnp.int32(0), batch)
         else:
-            batches = jax.tree.map(lambda x: x.reshape(self.accumulate, -1, *x.shape[1:]), batch)
+            # Every so manieth photo, so that each device has its part of every micro-batch.
+            batches = jax.tree.map(
+                lambda x: x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+            )
             zero = jax.tree.map(jnp.zeros_like, state.tuned)
             found, record = jax.lax.scan(add, zero, (jnp.arange(self.accumulate), batches))
             found, record = (

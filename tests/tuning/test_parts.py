@@ -151,7 +151,7 @@ def test_clicks_fall_into_their_region_and_deep_ones_far_from_its_edge():
 def test_first_prompts_are_boxes_points_or_both():
     many = jnp.asarray(np.tile(masks(), (50, 1, 1, 1)))
     prompting = Prompting(box=0.5, box_point=0.5, rounds=3)
-    prompts = jax.jit(lambda key: first_prompts(key, many, 4, prompting))(jax.random.key(0))
+    prompts = jax.jit(first_prompts, static_argnums=(2, 3))(jax.random.key(0), many, 4, prompting)
     labels, points = np.asarray(prompts.labels), np.asarray(prompts.points)
     assert labels.shape == (100, 2, 6)
     has_box = labels[..., 0] == BOX_TOP_LEFT
