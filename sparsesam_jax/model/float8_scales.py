@@ -7,9 +7,9 @@ of at most sqrt(d). So channel j of `y W + c` lies within
 
 whatever the photo. Attention's output is a mean of values, and so within the bounds of the values;
 GELU's within those of its input, and at least -0.17. The scale is the power of two that puts the
-largest channel's bound just below e4m3's largest number, 448, so that nothing saturates. On one photo
-the largest numbers of `vit_t`'s layers were 1.5 to 5.7 times below their bounds. That costs at most
-three of the fifteen binary orders in which e4m3 has full precision.
+largest channel's bound just below e4m3's largest number, 448, so that nothing saturates. On one
+photo the largest numbers of `vit_t`'s layers were 1.5 to 5.7 times below their bounds. That costs
+at most three of the fifteen binary orders in which e4m3 has full precision.
 """
 
 from __future__ import annotations
