@@ -80,7 +80,10 @@ class PhotosJob(Job):
         sam = nnx.merge(*random_state(abstract, config, dtype))
         measure = _crops if self.crops else _photos
         number = self.options.crops if self.crops else self.options.count
-        several = lambda: {"several": list(measure(sam, number, self.options.runs))}  # noqa: E731
+
+        def several() -> Record:
+            return {"several": list(measure(sam, number, self.options.runs))}
+
         return Program(None, several, {"device": JAX.name})
 
 
