@@ -15,6 +15,7 @@ from typing import Any
 Record = dict[str, Any]
 Write = Callable[[Record], None]  # the record is on disk when the call returns
 
+ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 
 
@@ -56,12 +57,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """The checkout's commit, with `+` behind it if files differ; None outside of a checkout."""
-    root = Path(__file__).resolve().parents[1]
+def commit(given: str | None = None) -> str | None:
+    """The commit: as given, of the environment (for copies), or of the checkout.
+
+    The checkout's has `+` behind it if files differ; None outside of a checkout.
+    """
+    if own := given or os.environ.get("SPARSESAM_COMMIT"):
+        return own
     try:
-        head = _git(root, "rev-parse", "HEAD")
-        return f"{head}+" if _git(root, "status", "--porcelain") else head
+        head = _git("rev-parse", "HEAD")
+        return f"{head}+" if _git("status", "--porcelain") else head
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -82,6 +87,6 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

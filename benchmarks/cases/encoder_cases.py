@@ -27,13 +27,6 @@ class EncoderCase:
     dtype: str = "float32"
     image_size: int | None = None
 
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> EncoderCase:
-        """The case of what `dataclasses.asdict` makes of it."""
-        sparsity = fields["sparsity"]
-        given: dict[str, Any] = {"sparsity": None if sparsity is None else Sparsity(**sparsity)}
-        return cls(**{**fields, **given})
-
     def __str__(self) -> str:
         part = "attention only" if self.attention_only else None
         size = None if self.image_size is None else str(self.image_size)
@@ -69,3 +62,14 @@ class EncoderCase:
 
         side = (self.image_size or self.config.image_size) // self.config.patch_size
         return encoder_work(self.config, self.sparsity, (side, side))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return dataclasses.asdict(self) | {
+            "density": self.density,
+            "image_size": self.image_size or self.config.image_size,
+            "gmacs": self.work.total / 1e9,
+            "weights": shapes.WEIGHTS_DISTRIBUTION,
+            "pixels": shapes.PIXELS_DISTRIBUTION,
+        }

@@ -1,8 +1,10 @@
-"""The shapes of the kernels suite and of tuning, and the same inputs for every framework."""
+"""A kernel's shape, the same inputs for every framework; lists of them in `kernel_cases.toml`."""
 
 from __future__ import annotations
 
 import dataclasses
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -34,7 +36,11 @@ class Case:
             image), `groups` (ranked by image) or `heads` (by image and head). Of a sparse window:
             `static` (the same for all), `heads` (by window and head), else by window.
         dtype: Of inputs and output.
-        grid: Tokens along a side of the map; None is the model's.
+        grid: Tokens down the map; None is the model's.
+        width: Tokens across the map; None is as many.
+        heads: None is the model's; the widths follow.
+        stream: Dtype of the residual stream; None is that of the rest.
+        rel_pos: Whether attention has a position bias.
     """
 
     op: str
@@ -44,26 +50,42 @@ class Case:
     order: str | None = None
     dtype: str = "bfloat16"
     grid: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    stream: str | None = None
+    rel_pos: bool = True
 
     def __post_init__(self) -> None:
         if self.op not in (*OPS, *PARTS):
             raise ValueError(f"op must be one of {', '.join((*OPS, *PARTS))}; got {self.op!r}")
 
     def __str__(self) -> str:
-        grid = None if self.grid is None else f"S{self.grid}"
-        dtype = None if self.dtype == "bfloat16" else self.dtype
-        parts = self.op, self.model, f"B{self.batch}", f"r{self.density}", self.order, grid, dtype
+        width = f"x{self.width}" if self.width else ""
+        parts = [self.op, self.model, f"B{self.batch}", f"r{self.density}", self.order]
+        parts.append(f"S{self.grid}{width}" if self.grid else None)
+        parts.append(f"H{self.heads}" if self.heads else None)
+        parts += [None if self.dtype == "bfloat16" else self.dtype, self.stream and "stream"]
+        parts += [self.stream, None if self.rel_pos else "no-bias"]
         return " ".join(part for part in parts if part)
 
     @property
     def encoder(self) -> Any:
         """The model's image encoder."""
-        return shapes.model_config(self.model).image_encoder
+        config = shapes.model_config(self.model).image_encoder
+        heads = self.heads or config.num_heads
+        d = heads * config.head_dim
+        return dataclasses.replace(config, num_heads=heads, embed_dim=d)
 
     @property
-    def side(self) -> int:
-        """Tokens along a side of the map."""
-        return self.grid or self.encoder.grid_size
+    def sides(self) -> tuple[int, int]:
+        """Tokens down and across the map."""
+        height = self.grid or self.encoder.grid_size
+        return height, self.width or height
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return self.sides[0] * self.sides[1]
 
     @property
     def window_size(self) -> int:
@@ -73,7 +95,7 @@ class Case:
     @property
     def num_routed(self) -> int:
         """Tokens an image that the MLP runs on."""
-        return max(1, round(self.density * self.side**2))
+        return max(1, round(self.density * self.tokens))
 
     @property
     def is_rows(self) -> bool:
@@ -90,7 +112,7 @@ class Case:
         """The block layout of attention."""
         if self.op == "window":
             return BlockLayout.bar(self.window_size**2, self.density)
-        return BlockLayout.a_shape(self.side**2, self.density)
+        return BlockLayout.a_shape(self.tokens, self.density)
 
     @property
     def flops(self) -> float:
@@ -98,7 +120,7 @@ class Case:
         encoder, layout = self.encoder, self.layout
         share = 4.0 * self.batch * encoder.embed_dim * _SHARE.get(self.op.split("-")[0], 0.0)
         if self.op == "window":
-            return share * self.side**2 * layout.bar_len
+            return share * self.tokens * layout.bar_len
         if self.op == "stripe":
             return share * float(layout.block_mask.sum()) * layout.block_q * layout.block_kv
         return share * self.num_routed * encoder.mlp_dim
@@ -118,21 +140,23 @@ class Case:
     def arrays(self) -> dict[str, np.ndarray]:
         """Inputs: float32 that `dtype` holds exactly, and int32 indices."""
         rng = np.random.default_rng(0)
-        encoder, side, window = self.encoder, self.side, self.window_size
+        encoder, (height, width), window = self.encoder, self.sides, self.window_size
         d, hidden, head_dim = encoder.embed_dim, encoder.mlp_dim, encoder.head_dim
 
-        def normal(*shape: int, scale: float = 1.0, offset: float = 0.0) -> np.ndarray:
+        def normal(
+            *shape: int, scale: float = 1.0, offset: float = 0.0, dtype: str = self.dtype
+        ) -> np.ndarray:
             draw = rng.standard_normal(shape, np.float32)
             draw = draw * np.float32(scale) + np.float32(offset)
-            return draw.astype(_DTYPES[self.dtype]).astype(np.float32)
+            return draw.astype(_DTYPES[dtype]).astype(np.float32)
 
         def ranks(*shape: int) -> np.ndarray:
             return rng.random(shape).argsort(-1).astype(np.int32)
 
         if self.op == "mlp" or self.is_rows:
             found = dict(
-                x=normal(self.batch, side**2, d),
-                index=np.sort(ranks(self.batch, side**2)[:, : self.num_routed]),
+                x=normal(self.batch, self.tokens, d, dtype=self.stream or self.dtype),
+                index=np.sort(ranks(self.batch, self.tokens)[:, : self.num_routed]),
                 norm_scale=normal(d, scale=0.1, offset=1.0),
                 norm_bias=normal(d, scale=0.1),
                 kernel1=normal(d, hidden, scale=d**-0.5),
@@ -142,26 +166,28 @@ class Case:
             )
             if self.is_rows:
                 found["x"] = found["x"].reshape(-1, d)
-                first = np.arange(self.batch, dtype=np.int32)[:, None] * side**2
+                first = np.arange(self.batch, dtype=np.int32)[:, None] * self.tokens
                 rows = (found.pop("index") + first).ravel()
-                if self.density < 1:  # padded to whole tiles of every product
-                    found["rows"] = np.pad(rows, (0, -len(rows) % 256), mode="edge")
+                padding = -len(rows) % 256  # to whole tiles of every product
+                if self.density < 1 or padding:
+                    found["rows"] = np.pad(rows, (0, padding), mode="edge")
                 width = hidden if self.op.startswith("lin2") else d
-                found["a"] = normal(len(rows) + -len(rows) % 256, width, scale=0.5)
+                found["a"] = normal(len(rows) + padding, width, scale=0.5)
             return found
-        keys = window if self.op == "window" else side
-        shape = (self.batch, side, side, 3, encoder.num_heads, head_dim)
-        tables = [normal(side, keys, head_dim, scale=head_dim**-0.5) for _ in range(2)]
-        found = dict(qkv=normal(*shape), rel_pos_h=tables[0], rel_pos_w=tables[1])
-        if self.density == 1 or self.op == "bias":
+        found = dict(qkv=normal(self.batch, height, width, 3, encoder.num_heads, head_dim))
+        for name, side in zip("hw", (height, width), strict=True) if self.rel_pos else ():
+            keys = window if self.op == "window" else side
+            found[f"rel_pos_{name}"] = normal(side, keys, head_dim, scale=head_dim**-0.5)
+        if (self.density == 1 and self.order is None) or self.op == "bias":
             return found
         heads = (encoder.num_heads,) if self.order == "heads" else ()
         if self.op == "window":
-            lead = () if self.order == "static" else (self.batch, (-(-side // window)) ** 2, *heads)
+            count = -(-height // window) * -(-width // window)
+            lead = () if self.order == "static" else (self.batch, count, *heads)
             return found | {"order": ranks(*lead, window**2)}
         from sparsesam_jax.sparsity.orders import GROUP, curve_order
 
-        groups = curve_order("morton", side, side).reshape(-1, GROUP)
+        groups = curve_order("morton", height, width).reshape(-1, GROUP)
         if self.order in ("tiles", "blocks"):
             found["sequence"] = np.ascontiguousarray(groups.T.ravel())
             if self.order == "blocks":
@@ -169,3 +195,12 @@ class Case:
             return found
         ranked = groups[ranks(self.batch, *heads, len(groups))].swapaxes(-1, -2)
         return found | {"sequence": np.ascontiguousarray(ranked.reshape(*ranked.shape[:-2], -1))}
+
+
+def listed(suite: str, op: str, **given: Any) -> list[Case]:
+    """The cases of an op in the list of a suite, with what is given in place of its defaults."""
+    lists = _LISTS[suite]
+    return [Case(op=op, **{**given, **own}) for own in lists.get(op, lists.get("rows", []))]
+
+
+_LISTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))

@@ -1,13 +1,15 @@
 """Who is measured: this project and PyTorch, on the same weights and inputs.
 
-A peer is one entry of `PEERS`. Its framework's modules build it: `jax_models` and `torch_models`
-encoders and predictors, `jax_kernels` and `torch_kernels` single functions.
+A peer is one entry of `peers.toml`. Its framework's modules build it: `jax_models` and
+`torch_models` encoders and predictors, `jax_kernels` and `torch_kernels` single functions.
 """
 
 from __future__ import annotations
 
 import importlib
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,78 +44,8 @@ class Peer(NamedTuple):
         return self.package == "sparsesam_jax"
 
 
-_ALL = "encoder predictor stripe window mlp"
-_META, _SAM_MODEL = "Meta's modules", "SamModel of transformers"
-PEERS = {
-    "mosaic_gpu": Peer("sparsesam_jax", "this project, Mosaic GPU kernels", _ALL, _ALL),
-    "xla": Peer("sparsesam_jax", "this project, XLA", _ALL, _ALL),
-    "float8": Peer(
-        "sparsesam_jax",
-        "this project, Mosaic GPU kernels, the blocks' products in float8",
-        dense="encoder",
-        sparse="encoder",
-    ),
-    "float8-xla": Peer(
-        "sparsesam_jax",
-        "this project, XLA, the blocks' products in float8",
-        dense="encoder",
-        sparse="encoder",
-    ),
-    "eager": Peer(
-        "torch",
-        f"{_META}, all logits in memory, nothing compiled",
-        "encoder stripe window mlp",
-        "mlp",
-        "eager",
-    ),
-    "sdpa": Peer(
-        "torch",
-        f"{_META}, SDPA with the bias in memory, nothing compiled",
-        "encoder stripe window",
-        "window",
-    ),
-    "compile": Peer(
-        "torch",
-        "sdpa under torch.compile",
-        "encoder stripe window mlp",
-        "window mlp",
-        compiled="default",
-        needs_gpu=True,
-    ),
-    "compile-max-autotune": Peer(
-        *("torch", "sdpa under torch.compile(mode='max-autotune')", "encoder"),
-        compiled="max-autotune",
-        needs_gpu=True,
-    ),
-    "flex": Peer(
-        "torch",
-        "global blocks by FlexAttention with the rel-pos in its score_mod, windows by SDPA, under "
-        "torch.compile",
-        "encoder stripe",
-        "encoder stripe",
-        "flex",
-        compiled="default",  # but on a CPU, for tests
-    ),
-    "segment-anything-fast": Peer(
-        "torch",
-        "segment-anything-fast's Triton kernel, where that package is installed",
-        dense="stripe",
-        attention="fast",
-    ),
-    "transformers": Peer(
-        "transformers", f"{_SAM_MODEL} with SDPA, nothing compiled", "encoder predictor"
-    ),
-    "transformers-compile": Peer(
-        "transformers",
-        f"{_SAM_MODEL} with its encoder under torch.compile",
-        dense="encoder predictor",
-        compiled="default",
-        needs_gpu=True,
-    ),
-    "transformers-eager": Peer(
-        "transformers", f"{_SAM_MODEL}, eager attention", "encoder", attention="eager"
-    ),
-}
+_FILE = Path(__file__).with_name("peers.toml").read_text(encoding="utf-8")
+PEERS = {name: Peer(**entry) for name, entry in tomllib.loads(_FILE).items()}
 OURS = tuple(name for name, peer in PEERS.items() if peer.ours)
 
 
@@ -135,16 +67,14 @@ class Predictor(NamedTuple):
     """What a peer builds to go from an image to its masks.
 
     Attributes:
+        device: As a `Runnable` has it.
         whole: What `SamPredictor.predict` returns for points [P, T, 2], from the image on.
         parts: Calls of preprocess, encoder, decoder and upscale for such points; all wait. This
             project's encoder includes its preprocess.
         notes: What the record says even where nothing is timed.
-        start_peak: Forgets the peak of memory until now, where the framework can.
-        peak: The peak of memory since then, as the record has it.
     """
 
+    device: Any
     whole: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
     parts: Callable[[np.ndarray], dict[str, Callable[[], Any]]]
     notes: dict[str, Any]
-    start_peak: Callable[[], None]
-    peak: Callable[[], dict[str, Any]]

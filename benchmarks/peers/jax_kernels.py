@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks.cases.kernel_cases import Case
-from benchmarks.peers.jax_models import needs_gpu, on_gpu, peak_memory, runnable
+from benchmarks.peers.jax_models import JAX, needs_gpu, on_gpu
 from benchmarks.run.timing import Runnable
 from pallas_kernels import (
     gather_norm_kernel,
@@ -25,8 +25,10 @@ from pallas_kernels import (
     relative_position,
     routed_mlp,
     stripe_attention,
+    stripe_schedule,
     tuning,
     window_attention,
+    window_kernel,
 )
 from pallas_kernels.mlp_weights import MLPWeights
 
@@ -34,15 +36,11 @@ COPIES = 5  # of a function in one program: XLA makes a CUDA graph of five launc
 SAMPLE = 256  # rows of a part of the MLP that are compared
 REPEATS = 20  # of a whole MLP, which must agree to the bit
 EPSILON = 1e-6
-# Module and configuration of every op.
-MODULES: dict[str, tuple[Any, Any]] = {
-    "stripe": (stripe_attention, type(tuning.H200.tiles[0])),
-    "window": (window_attention, type(tuning.H200.windows[0])),
-    "mlp": (routed_mlp, None),
-    "norm": (gather_norm_kernel, None),
-    "bias": (relative_position, None),
-    "lin1": (matmul_kernel, matmul_kernel.Config),
-    "lin2": (matmul_kernel, matmul_kernel.Config),
+CONFIGS = {  # of kernels that have one
+    "stripe": stripe_schedule.Config,
+    "window": window_kernel.Config,
+    "lin1": matmul_kernel.Config,
+    "lin2": matmul_kernel.Config,
 }
 Arrays = dict[str, Any]
 Function = Callable[[Arrays], Any]
@@ -57,7 +55,7 @@ def stripe(implementation: str, case: Case, loops: int) -> Runnable:
     needs_gpu(implementation)
     static, arrays = split(case)
     function = bind(case, static, implementation)
-    out, peak, copies = jax.jit(function)(arrays), peak_memory(), min(loops, COPIES)
+    out, peak, copies = jax.jit(function)(arrays), JAX.peak(), min(loops, COPIES)
     name = "x" if "x" in arrays else "qkv"
     first = arrays.pop(name)
 
@@ -69,14 +67,14 @@ def stripe(implementation: str, case: Case, loops: int) -> Runnable:
     def several(first: Any, rest: Arrays) -> Any:
         return [function({**rest, name: x}) for x in first]
 
-    output, notes = compared(case, out, arrays), {"copies": copies}
+    output, notes = compared(case, out, arrays), {"device": JAX.name, "copies": copies}
     if case.changes_x:
         launch = _donating(chained, first, arrays)
     else:
         firsts = [jnp.copy(first) for _ in range(copies)]
         program = jax.jit(several).lower(firsts, arrays).compile()
         launch = functools.partial(program, firsts, arrays)
-    return runnable(launch, output=output, peak=peak, notes=notes, runs=copies)
+    return Runnable(JAX, launch, output, notes, copies, peak)
 
 
 window = mlp = stripe
@@ -103,9 +101,7 @@ def tuned(
     whole = _loop(function, arrays, case, compared(case, out, arrays))
     if implementation != "mosaic_gpu" or case.op not in ("stripe", "window"):
         return whole, None
-    statics, operands = prepared(case, static, arrays, config)
-    launch = MODULES[case.op][0].launch
-    return whole, _loop(lambda operands: launch(statics, *operands), operands, case, whole.output)
+    return whole, _loop(*prepare(case, static | arrays, config), case, whole.output)
 
 
 def _loop(step: Callable[[Any], Any], arrays: Any, case: Case, output: np.ndarray) -> Runnable:
@@ -124,7 +120,7 @@ def _loop(step: Callable[[Any], Any], arrays: Any, case: Case, output: np.ndarra
 
         return lax.fori_loop(0, loops, again, (0, state))[1]
 
-    return runnable(_donating(many, state, arrays), notes={}, output=output, runs=loops)
+    return Runnable(JAX, _donating(many, state, arrays), output, {"device": JAX.name}, loops)
 
 
 def _donating(function: Callable[[Any, Any], Any], state: Any, rest: Any) -> Callable[[], Any]:
@@ -153,6 +149,8 @@ def split(case: Case, *, reference: bool = False) -> tuple[Arrays, Arrays]:
     if reference:
         host |= {name: host[name][-1:] for name in case.by_image if name in host}
     of_dtype = {name: dtype if x.dtype == np.float32 else None for name, x in host.items()}
+    if case.stream and not reference:
+        of_dtype["x"] = jnp.dtype(case.stream)
     return static, {name: jnp.asarray(x, of_dtype[name]) for name, x in host.items()}
 
 
@@ -163,98 +161,85 @@ def bind(
 
     def function(arrays: Arrays) -> Any:
         if implementation == "xla":
-            return _by_xla(case, static, arrays)
+            return _by_xla(case, static | arrays)
         if case.op == "stripe":  # some images at a time
-            given, options = _arguments(case, static, arrays, config)
+            _, given, options = _call(case, static | arrays, config)
             return stripe_attention.attend_by_groups(*given, **options)
-        statics, operands = prepare(case, static, arrays, config)
-        out = MODULES[case.op.split("-")[0]][0].launch(statics, *operands)
-        return out[: len(arrays["a"])] if case.op == "norm" else out
+        launch, operands = prepare(case, static | arrays, config)
+        return launch(operands)[: len(arrays["a"])] if case.op == "norm" else launch(operands)
 
     return function
 
 
-def prepared(
-    case: Case, static: Arrays, arrays: Arrays, config: dict[str, Any] | None
-) -> tuple[Any, Any]:
-    """A kernel's statics, and its operands as arrays."""
-    found: list[Any] = []
-
-    @jax.jit
-    def operands(arrays: Arrays) -> Any:
-        statics, operands = prepare(case, static, arrays, config)
-        found.append(statics)
-        return operands
-
-    own = operands(arrays)
-    return found[0], own
+def prepare(case: Case, a: Arrays, config: dict[str, Any] | None = None) -> tuple[Function, Any]:
+    """A kernel's launch by its operands, and these."""
+    module, given, options = _call(case, a, config)
+    statics, operands = module.prepare(*given, **options)
+    return lambda operands: module.launch(statics, *operands), operands
 
 
-def prepare(case: Case, static: Arrays, arrays: Arrays, config: dict[str, Any] | None) -> Any:
-    """A kernel's statics and operands."""
-    given, options = _arguments(case, static, arrays, config)
-    return MODULES[case.op.split("-")[0]][0].prepare(*given, **options)
-
-
-def _arguments(
-    case: Case, static: Arrays, arrays: Arrays, config: dict[str, Any] | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What `prepare` takes, by place and by name."""
-    a = {**static, **arrays}
+def _call(
+    case: Case, a: Arrays, config: dict[str, Any] | None = None
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A kernel's module, and what its `prepare` takes, by place and by name."""
     op, _, epilogue = case.op.partition("-")
-    config_type = MODULES[op][1]
-    chosen = {"config": config_type(**config)} if config_type and config else dict(config or {})
+    chosen: Arrays = dict(config or {})
+    if config and op in CONFIGS:
+        chosen = {"config": CONFIGS[op](**config)}
+    tables: tuple[Any, ...] = tuple(a.get(f"rel_pos_{name}") for name in "hw")
+    if op == "stripe":
+        own = {"layout": case.layout, "block_order": a.get("block_order")}
+        return stripe_attention, (a["qkv"], *tables, a.get("sequence")), own | chosen
+    if op == "window":
+        own = {"layout": case.layout, "order": a.get("order"), "window_size": case.window_size}
+        return window_attention, (a["qkv"], *tables), own | chosen
+    if op == "bias":  # in whole chunks of key coordinates
+        padded = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % 16), (0, 0))) for x in tables]
+        return relative_position, (a["qkv"], *padded), {}
     if op == "mlp":
-        return (a["x"], a.get("index"), MLPWeights(*(a[n] for n in MLPWeights._fields[:6]))), {}
-    if op in ("stripe", "window", "bias"):
-        given = tuple(a.pop(name) for name in ("qkv", "rel_pos_h", "rel_pos_w"))
-        if op == "bias":  # in whole chunks of key coordinates
-            edges = [((0, 0), (0, -x.shape[1] % 16), (0, 0)) for x in given[1:]]
-            return (given[0], *map(jnp.pad, given[1:], edges)), {}
-        size = {"window_size": case.window_size} if op == "window" else {}
-        return given, {"layout": case.layout, **size, **a, **chosen}
-    rows, num_rows = a.get("rows"), {"num_rows": case.batch * case.num_routed}
+        weights = MLPWeights(*(a[name] for name in MLPWeights._fields[:6]))
+        return routed_mlp, (a["x"], a.get("index"), weights), {}
+    rows, options = a.get("rows"), {"num_rows": case.batch * case.num_routed} | chosen
     if op == "norm":
-        return (a["x"], a["norm_scale"], a["norm_bias"], rows), num_rows | chosen
+        given = a["x"], a["norm_scale"], a["norm_bias"], rows
+        return gather_norm_kernel, given, options | {"dtype": a["norm_scale"].dtype}
     given = a["a"], a[f"kernel{op[-1]}"], a[f"bias{op[-1]}"]
     epilogue: Any = epilogue or ("gelu" if op == "lin1" else "add")
-    if "config" not in chosen:
+    if "config" not in options:
         (m, k), n = given[0].shape, given[1].shape[1]
-        chosen["config"] = tuning.fitting_matmul(epilogue, m, n, k, given[0].dtype)
+        options["config"] = tuning.fitting_matmul(epilogue, m, n, k, given[0].dtype)
     target = (rows, a["x"]) if case.changes_x else ()
-    return (*given, *target), {"epilogue": epilogue, **num_rows, **chosen}
+    return matmul_kernel, (*given, *target), options | {"epilogue": epilogue}
 
 
-def _by_xla(case: Case, static: Arrays, arrays: Arrays) -> Any:
-    given: Any = ()
-    own: Any = {"implementation": "xla"}
+def _by_xla(case: Case, a: Arrays) -> Any:
     if not case.is_rows:
-        given, options = _arguments(case, static, arrays, None)
-        own |= options
-    if case.op == "stripe":
-        return stripe_attention.stripe_attention(*given, **own)
-    if case.op == "window":
-        return window_attention.window_attention(*given, **own)
-    if case.op == "bias":
-        return relative_position.xla_relative_position(*given)
-    if case.op == "mlp":
+        _, given, options = _call(case, a)
+        if case.op == "stripe":
+            return stripe_attention.stripe_attention(*given, **options, implementation="xla")
+        if case.op == "window":
+            return window_attention.window_attention(*given, **options, implementation="xla")
+        if case.op == "bias":
+            return relative_position.xla_relative_position(*given)
         x, index, weights = given
         if index is None:
             return mlp_reference.mlp(x, weights, epsilon=EPSILON)
         return mlp_reference.routed_mlp(x, index, weights, epsilon=EPSILON)
     op, _, epilogue = case.op.partition("-")
-    rows, x = arrays.get("rows"), arrays["x"]
+    rows, x = a.get("rows"), a["x"]
     if op == "norm":
         x = x if rows is None else x[rows]
-        return reference.layer_norm(x, arrays["norm_scale"], arrays["norm_bias"], EPSILON)
-    a, b, bias = arrays["a"], arrays[f"kernel{op[-1]}"], arrays[f"bias{op[-1]}"]
-    out = jnp.matmul(a, b, precision=reference.matmul_precision(a.dtype))
+        scale, bias = a["norm_scale"], a["norm_bias"]
+        return reference.layer_norm(x, scale, bias, EPSILON, scale.dtype)
+    out = jnp.matmul(
+        a["a"], a[f"kernel{op[-1]}"], precision=reference.matmul_precision(a["a"].dtype)
+    )
     if epilogue == "none":
         return out
-    out = out.astype(jnp.float32) + bias
+    out = out.astype(jnp.float32) + a[f"bias{op[-1]}"]
     if not case.changes_x:
         out = out if epilogue == "bias" else jax.nn.gelu(out, approximate=False)
-        return out.astype(a.dtype)
+        return out.astype(a["a"].dtype)
     count = case.batch * case.num_routed
     update = out[:count].astype(x.dtype)
     return x + update if rows is None else x.at[rows[:count]].add(update, unique_indices=True)
@@ -278,7 +263,7 @@ def compared(case: Case, out: Any, arrays: Arrays) -> np.ndarray:
 
 def check_unrouted(case: Case, out: jax.Array, arrays: Arrays) -> None:
     """Raise ValueError if a token that is not routed has changed by one bit."""
-    tokens, rows = case.side**2, arrays.get("rows")
+    tokens, rows = case.tokens, arrays.get("rows")
     if case.density == 1:
         return
     if rows is None:

@@ -18,7 +18,7 @@ from benchmarks import records
 from benchmarks.cases import shapes
 from benchmarks.peers import Predictor
 from benchmarks.records import Record
-from benchmarks.run.process import NotRunError
+from benchmarks.run.jobs import NotRunError
 from benchmarks.run.timing import Runnable
 from pallas_kernels.implementation import device_problem
 from sparsesam_jax import Sam, SamPredictor, Sparsity
@@ -77,6 +77,7 @@ def encoder(
     sizes = compiled.memory_analysis()
     assert sizes is not None
     notes = {
+        "device": JAX.name,
         "compile_s": times[3] - times[0],
         "trace_s": times[1] - times[0],
         "lower_s": times[2] - times[0],
@@ -88,27 +89,31 @@ def encoder(
     if not on_gpu():  # where XLA sees all that is computed
         flops = (compiled.cost_analysis() or {}).get("flops")
         notes["gflop"] = None if flops is None else flops / 1e9
-    return runnable(functools.partial(compiled, leaves, tables, pixels), notes=notes)
+    launch = functools.partial(compiled, leaves, tables, pixels)
+    return Runnable(JAX, launch, np.asarray(launch(), np.float32), notes)
 
 
-def runnable(
-    launch: Callable[[], Any],
-    *,
-    notes: Record,
-    output: np.ndarray | None = None,
-    peak: Record | None = None,
-    runs: int = 1,
-) -> Runnable:
-    """What a launch of JAX is to the suites; without them, output and peak are the launch's."""
-    return Runnable(
-        launch=launch,
-        wait=jax.block_until_ready,
-        output=np.asarray(launch(), np.float32) if output is None else output,
-        notes={"device": device_name(), **notes},
-        start_peak=lambda: None,  # JAX knows the peak of the whole process alone
-        peak=lambda: peak or peak_memory(),
-        runs=runs,
-    )
+class _Jax:
+    """JAX's default device; JAX knows the peak of the whole process alone."""
+
+    @property
+    def name(self) -> str:
+        """The GPU's name, or the processor's."""
+        device = jax.devices()[0]
+        return records.cpu_name() if device.platform == "cpu" else device.device_kind
+
+    wait = staticmethod(jax.block_until_ready)
+
+    def start_peak(self) -> None:
+        """Nothing."""
+
+    def peak(self) -> Record:
+        """Peak of what this process has allocated; None where JAX does not know."""
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        return {"peak_mib": None if peak is None else peak / 2**20}
+
+
+JAX = _Jax()
 
 
 def predictor(implementation: str, model: str, dtype: str, density: float = 1.0) -> Predictor:
@@ -151,8 +156,8 @@ def predictor(implementation: str, model: str, dtype: str, density: float = 1.0)
         }
 
     where = transforms.__name__.rpartition(".")[2]
-    notes = {"device": device_name(), "what": f"preprocess and upscale are {where}"}
-    return Predictor(whole, parts, notes, lambda: None, peak_memory)
+    notes = {"device": JAX.name, "what": f"preprocess and upscale are {where}"}
+    return Predictor(JAX, whole, parts, notes)
 
 
 def model_options(peer: str, dtype: str) -> dict[str, Any]:
@@ -189,18 +194,6 @@ def random_state(
 def on_gpu() -> bool:
     """Whether JAX's default device is a GPU."""
     return jax.devices()[0].platform == "gpu"
-
-
-def device_name() -> str:
-    """The GPU's name, or the processor's."""
-    device = jax.devices()[0]
-    return records.cpu_name() if device.platform == "cpu" else device.device_kind
-
-
-def peak_memory() -> Record:
-    """Peak of what this process has allocated; None where JAX does not know."""
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return {"peak_mib": None if peak is None else peak / 2**20}
 
 
 def kernel_times(call: Callable[[], Any], runs: int = 3) -> dict[str, float]:

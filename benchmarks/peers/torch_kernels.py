@@ -7,6 +7,7 @@ for the host.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,18 +15,18 @@ from torch import Tensor
 
 from benchmarks.cases.kernel_cases import Case
 from benchmarks.peers import PEERS
-from benchmarks.peers.torch_models import compiled, runnable, settings
-from benchmarks.peers.torch_sam import EPSILON, attend, window_partition, window_unpartition
-from benchmarks.peers.torch_sparse import block_mask
+from benchmarks.peers.torch_models import Torch
+from benchmarks.peers.torch_sam import attend, block_mask
 from benchmarks.run.timing import Runnable
 
 Arrays = dict[str, Tensor]
+EPSILON = 1e-6
 
 
 def stripe(implementation: str, case: Case, loops: int) -> Runnable:
     """Global attention."""
-    device, _ = settings(implementation, case.dtype)
-    mask = None if case.layout.is_dense else block_mask(case.layout, device)
+    device = Torch(implementation, case.dtype)
+    mask = None if case.layout.is_dense else block_mask(case.layout, device.place)
 
     def function(arrays: Arrays) -> Tensor:
         qkv = arrays["qkv"]
@@ -42,7 +43,12 @@ def stripe(implementation: str, case: Case, loops: int) -> Runnable:
 
 def window(implementation: str, case: Case, loops: int) -> Runnable:
     """Windowed attention."""
+    from transformers.models.sam.modeling_sam import SamVisionLayer
+
     side, bar_len = case.window_size, case.layout.bar_len
+    # What cuts a map into windows uses nothing of its module.
+    cut: Any = SamVisionLayer.window_partition
+    join: Any = SamVisionLayer.window_unpartition
 
     def function(arrays: Arrays) -> Tensor:
         qkv = arrays["qkv"]
@@ -50,7 +56,7 @@ def window(implementation: str, case: Case, loops: int) -> Runnable:
 
         def windows(x: Tensor, channels: int) -> Tensor:
             """[B, Gh, Gw, ...] to [B W, w w, heads, channels]."""
-            x = window_partition(x.reshape(batch, height, width, -1), side)
+            x = cut(None, x.reshape(batch, height, width, -1), side)[0]
             return x.reshape(x.shape[0], side * side, -1, channels)
 
         q, k, v = windows(qkv, heads * head_dim).unbind(2)
@@ -59,7 +65,9 @@ def window(implementation: str, case: Case, loops: int) -> Runnable:
         bar = arrays["order"].flatten(0, 1)[:, :bar_len] if "order" in arrays else None
         out = attend(PEERS[implementation].attention, q, k, v, *rel, sequence=bar)
         out = out.transpose(1, 2).reshape(-1, side, side, heads * head_dim)
-        return window_unpartition(out, side, (height, width)).unflatten(-1, (heads, head_dim))
+        padded = height + -height % side, width + -width % side
+        out = join(None, out, side, padded, (height, width))
+        return out.unflatten(-1, (heads, head_dim))
 
     return _runnable(implementation, case, function, loops)
 
@@ -96,12 +104,12 @@ def _runnable(
     implementation: str, case: Case, function: Callable[[Arrays], Tensor], loops: int
 ) -> Runnable:
     """The function of the case's arrays, compiled and warmed up; its output is the last image's."""
-    device, dtype = settings(implementation, case.dtype)
-    arrays = {
-        name: torch.from_numpy(x).to(device, dtype if x.dtype == "float32" else torch.int64)
-        for name, x in case.arrays().items()
-    }
-    function = compiled(function, PEERS[implementation], device)
+    device = Torch(implementation, case.dtype)
+    arrays = {}
+    for name, x in case.arrays().items():
+        dtype = device.dtype if x.dtype == "float32" else torch.int64
+        arrays[name] = torch.from_numpy(x).to(device.place, dtype)
+    function = device.compiled(function)
 
     def run() -> Tensor:
         with torch.inference_mode():
@@ -110,10 +118,10 @@ def _runnable(
     out = run()[-1].float().cpu().numpy().copy()  # the MLP works in place
     for _ in range(2):
         run()
-    graph = _capture(run, loops) if device.type == "cuda" else None
+    graph = _capture(run, loops) if device.on_gpu else None
     launch, runs = (run, 1) if graph is None else (graph.replay, loops)
-    notes = {"cuda_graph": graph is not None, "what": PEERS[implementation].what}
-    return runnable(launch, device, output=out, notes=notes, runs=runs)
+    notes = {"device": device.name, "cuda_graph": graph is not None}
+    return Runnable(device, launch, out, notes | {"what": PEERS[implementation].what}, runs)
 
 
 def _capture(run: Callable[[], Tensor], loops: int) -> torch.cuda.CUDAGraph | None:

@@ -1,4 +1,4 @@
-"""What the report reads: the newest record of every case, from all raw files."""
+"""What the report reads: the newest record of every case, from all raw files, and how it grows."""
 
 from __future__ import annotations
 
@@ -7,23 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import records
+from benchmarks.cases.shapes import MODELS, model_config
+from benchmarks.peers import PEERS
 from benchmarks.records import Record
+from sparsesam_jax.config import Sparsity
+from sparsesam_jax.sparsity.work import encoder_work
 
 SUITES = ("encoder", "kernels", "ceilings", "end-to-end", "scaling", "cpu")
-MODELS = ("vit_t", "vit_b", "vit_l", "vit_h")
-IMPLEMENTATIONS = (
-    "mosaic_gpu",
-    "xla",
-    "compile-max-autotune",
-    "compile",
-    "flex",
-    "sdpa",
-    "eager",
-    "transformers-compile",
-    "transformers",
-    "transformers-eager",
-)
 # Kernels by what they compute, the first that fits.
 PARTS = {
     "attention": r"stripe_attention|window_attention|attention|fmha|sdpa",
@@ -46,14 +39,14 @@ def _descending(value: Any) -> float:
 _ORDER: dict[str, Callable[[Any], Any]] = {
     "suite": SUITES.index,
     "device": str,
-    "model": _place(MODELS),
+    "model": _place(list(MODELS)),
     "op": str,
     "batch": _descending,
     "image_size": lambda side: side or 0,
     "density": _descending,
     "order": str,
     "sparse": str,
-    "implementation": _place(IMPLEMENTATIONS),
+    "implementation": _place(list(PEERS)),
     "peer": str,
     "prompts": lambda count: count or 0,
     "dtype": str,
@@ -118,11 +111,6 @@ def measured(found: Iterable[Record], suite: str, device: str | None = None) -> 
     return [r for r in timed if device is None or r["device"] == device]
 
 
-def devices(found: Sequence[Record], suite: str) -> list[str]:
-    """Where a suite was measured."""
-    return sorted({str(r["device"]) for r in measured(found, suite)})
-
-
 def most(found: Sequence[Record], field: str) -> str | None:
     """The device (or dtype) of most encoders: pictures show it alone, tables the dtype."""
     names = [str(r[field]) for r in measured(found, "encoder")]
@@ -157,3 +145,76 @@ def decomposition(found: Sequence[Record]) -> list[list[Record]]:
             if all(key in own for key in wanted):
                 result.append([own[key] for key in wanted])
     return result
+
+
+# The exponent of memory along each axis: tokens times images, whatever the density.
+_MEMORY = {"batch": 1.0, "image_size": 2.0, "density": 0.0}
+AXES = tuple(_MEMORY)
+COLUMNS = {
+    "against": "{against}",
+    "model": "{model}",
+    "implementation": "{implementation}",
+    "density r": "{density}",
+    "points": "{points}",
+    "exponent of time ↓": "{time:.2f}",
+    "expected of time": "{expected_time:.2f}",
+    "exponent of memory ↓": "{memory:.2f}",
+    "expected of memory": "{expected_memory:.2f}",
+}
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float | None:
+    """The b of `y = a x^b`; None with fewer than two different x, or where one is not positive."""
+    if len({x for x, _ in points}) < 2 or min(min(point) for point in points) <= 0:
+        return None
+    x, y = np.log(points).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def fits(results: Sequence[Record]) -> list[dict[str, float | str | None]]:
+    """Exponents of time and memory along every series of the scaling suite.
+
+    What is expected of time is the exponent of the counted multiply-accumulates over the same
+    points; of memory, that of what the temporary buffers hold.
+    """
+    found = []
+    for (axis, model, implementation, density), line in series(results).items():
+        found.append(
+            {
+                "axis": axis,
+                "against": axis.replace("_", " "),
+                "model": model,
+                "implementation": implementation,
+                "density": density,
+                "points": ", ".join(f"{r[axis]:g}" for r in line),
+                "time": exponent([(r[axis], r["median_ms"]) for r in line]),
+                "expected_time": exponent([(r[axis], macs(r)) for r in line]),
+                "memory": exponent([(r[axis], r["temp_mib"]) for r in line]),
+                "expected_memory": _MEMORY[axis],
+            }
+        )
+    return found
+
+
+def macs(record: Record) -> float:
+    """Multiply-accumulates of a record's whole batch."""
+    config = model_config(record["model"]).image_encoder
+    sparsity = Sparsity(**record["sparsity"]) if record["sparsity"] else None
+    side = record["image_size"] // config.patch_size
+    return float(encoder_work(config, sparsity, (side, side)).total) * record["batch"]
+
+
+def series(results: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:
+    """The records along each axis, sorted; only density's axis mixes densities."""
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for r in results:
+        if r["suite"] == "scaling" and r.get("median_ms") is not None and not r["not_run"]:
+            for axis in r["axes"]:
+                density = "all" if axis == "density" else f"{r['density']:g}"
+                key = (axis, r["model"], r["implementation"], density)
+                found.setdefault(key, []).append(r)
+    return {
+        key: sorted(line, key=lambda r: r[key[0]])
+        for key, line in sorted(found.items())
+        if len(line) > 1
+    }

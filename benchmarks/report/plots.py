@@ -14,11 +14,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from benchmarks.peers import PEERS
 from benchmarks.records import Record
-from benchmarks.report import data, growth
+from benchmarks.report import data
 
 _STYLE: Any = {"svg.hashsalt": "sparsesam_jax", "svg.fonttype": "path", "font.size": 9}
-_COLOURS = {name: f"C{index}" for index, name in enumerate(data.IMPLEMENTATIONS)}
+_COLOURS = {name: f"C{index}" for index, name in enumerate(PEERS)}
 _SHOWN = (1.0, 0.3)  # densities of the roofline
 _HASHED_ID = re.compile(r"\b[hmp][0-9a-f]{10}\b")  # of hatches, markers and clip paths
 
@@ -32,16 +33,16 @@ def draw(found: Sequence[Record], folder: Path, stem: str) -> dict[str, str]:
         stem: What their names begin with.
     """
     encoder, scaling = (data.measured(found, name) for name in ("encoder", "scaling"))
-    drawings: dict[str, Callable[[], Any]] = {
-        "encoder": lambda: _encoder([r for r in encoder if r["sparse"] != "attention"]),
-        "decomposition": lambda: _decomposition(encoder),
-        "roofline": lambda: _roofline(encoder),
-        "scaling": lambda: _scaling(scaling),
+    drawings: dict[str, tuple[Callable[[Sequence[Record]], Any], Sequence[Record]]] = {
+        "encoder": (_encoder, [r for r in encoder if r["sparse"] != "attention"]),
+        "decomposition": (_decomposition, encoder),
+        "roofline": (_roofline, encoder),
+        "scaling": (_scaling, scaling),
     }
     pictures = {}
     with matplotlib.rc_context(_STYLE):
-        for name, drawing in drawings.items():
-            figure = drawing()
+        for name, (draw_figure, records) in drawings.items():
+            figure = draw_figure(records)
             if figure is None:
                 continue
             pictures[name] = f"{stem}_{name}.svg"
@@ -64,14 +65,17 @@ def _numbered(svg: str) -> str:
     return _HASHED_ID.sub(lambda match: names[match.group()], svg)
 
 
+def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    size = (width * columns + 1, height)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+
+
 def _encoder(own: Sequence[Record]) -> Any:
     """Time and memory by density; peers that are dense only are one point."""
     panels = list(dict.fromkeys((r["model"], r["batch"]) for r in own))
     if not panels:
         return None
-    figure, axes = plt.subplots(
-        2, len(panels), figsize=(2.6 * len(panels) + 1, 5.4), squeeze=False, layout="constrained"
-    )
+    figure, axes = _panels(2, len(panels), 2.6, 5.4)
     for column, panel in enumerate(panels):
         records = [r for r in own if (r["model"], r["batch"]) == panel]
         for row, (key, scale) in enumerate((("ms_per_image", 1.0), ("peak_mib", 1 / 1024))):
@@ -100,9 +104,7 @@ def _decomposition(own: Sequence[Record]) -> Any:
     found = data.decomposition(own)
     if not found:
         return None
-    figure, axes = plt.subplots(
-        1, len(found), figsize=(2.6 * len(found) + 1, 3), squeeze=False, layout="constrained"
-    )
+    figure, axes = _panels(1, len(found), 2.6, 3)
     for plot, steps in zip(axes[0], found, strict=True):
         last, times = steps[-1], [r["ms_per_image"] for r in steps]
         names = [name.replace(" and", "\nand") for name in data.STEPS]
@@ -117,12 +119,8 @@ def _decomposition(own: Sequence[Record]) -> Any:
 
 def _roofline(own: Sequence[Record]) -> Any:
     """Time by part as stacked bars, the floors of products and attention beside each."""
-    found = [
-        r
-        for r in own
-        if r.get("parts_ms") and r["sparse"] != "attention" and r["implementation"] == "mosaic_gpu"
-        if r["density"] in _SHOWN
-    ]
+    found = [r for r in own if r.get("parts_ms") and r["implementation"] == "mosaic_gpu"]
+    found = [r for r in found if r["sparse"] != "attention" and r["density"] in _SHOWN]
     if not found:
         return None
     figure, plot = plt.subplots(figsize=(8, 0.42 * len(found) + 1.6), layout="constrained")
@@ -151,13 +149,11 @@ def _roofline(own: Sequence[Record]) -> Any:
 
 def _scaling(own: Sequence[Record]) -> Any:
     """Time and memory along every axis, logarithmic."""
-    series = growth.series(own)
-    axes_used = [axis for axis in growth.AXES if any(key[0] == axis for key in series)]
+    series = data.series(own)
+    axes_used = [axis for axis in data.AXES if any(key[0] == axis for key in series)]
     if not axes_used:
         return None
-    figure, axes = plt.subplots(
-        2, len(axes_used), figsize=(3 * len(axes_used) + 1, 5), squeeze=False, layout="constrained"
-    )
+    figure, axes = _panels(2, len(axes_used), 3, 5)
     for column, axis in enumerate(axes_used):
         for (name, model, implementation, density), records in series.items():
             if name != axis:
@@ -170,9 +166,8 @@ def _scaling(own: Sequence[Record]) -> Any:
         for plot in axes[:, column]:
             plot.set_xscale("log", base=2)
             plot.set_yscale("log")
-            ticks = sorted(
-                {r[axis] for key, line in series.items() if key[0] == axis for r in line}
-            )
+            lines = [line for key, line in series.items() if key[0] == axis]
+            ticks = sorted({r[axis] for line in lines for r in line})
             plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             plot.grid(alpha=0.3)
         axes[1][column].set_xlabel(axis.replace("_", " "))

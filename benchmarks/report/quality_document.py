@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import records
-from benchmarks.report.tables import Template
+from benchmarks.report import tables
 from benchmarks.suites.quality import changes
-from benchmarks.suites.quality.candidates import CHANGES, PRESETS, REFERENCE
 from benchmarks.suites.quality.changes import Row
+from benchmarks.suites.quality.variants import CHANGES, PRESETS, REFERENCE
 from sparsesam_jax.config import Sparsity
 from sparsesam_jax.methods import NAMES
 
-TEMPLATE = Path(__file__).with_name("quality.template.md")
 PATTERN = "quality*.jsonl"
 DENSITIES = (0.5, 0.4, 0.3)
 TOLERANCE = 0.002  # of the independent implementation, mIoU
@@ -41,23 +40,36 @@ def write(results: Path, out: Path) -> None:
 def document(paths: Sequence[Path]) -> str:
     """The document's text from raw files."""
     files = {path.name: changes.rows(records.read(path), str(path)) for path in paths}
-    measured = _Measured([row for rows in files.values() for row in rows])
-    most = max((row.summary for row in measured.rows), key=lambda summary: summary["images"])
-    template = Template(TEMPLATE)
+    found = _Measured([row for rows in files.values() for row in rows])
+    losses = [(r, target, found.sparsity(Sparsity(r))) for r, target in TARGETS.items()]
+    rivals = [(r, found.method("sparsesam", r), found.method("tome", r)) for r in DENSITIES]
+    values = {
+        "most": max((row.summary for row in found.rows), key=lambda summary: summary["images"]),
+        "tolerance": TOLERANCE,
+        "tome_ratio": TOME_RATIO,
+        "defaults": [(r, target, row.change) for r, target, row in losses if row],
+        "rivals": [(r, own.change, tome.change) for r, own, tome in rivals if own and tome],
+        "rows": {
+            "reference": _told(_reference(found)),
+            "default": _told(_default(found)),
+            "ingredients": _told(
+                ({"meaning": change.meaning}, found.sparsity(change.at(r)))
+                for r in (0.4, 0.3)
+                for change in CHANGES.values()
+            ),
+            "methods": _told(({"name": n}, found.method(n, r)) for r in DENSITIES for n in NAMES),
+            "devices": list(_devices(found)),
+        },
+        "files": [
+            (name, rows[0].summary, [row.values for row in sorted(rows[1:], key=_place)])
+            for name, rows in files.items()
+        ],
+    }
+    return tables.document("quality.template.md", values)
 
-    def compared(title: str, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[str]) -> str:
-        return template.section(title, rows, verdicts=" ".join(verdicts), tolerance=TOLERANCE)
 
-    parts = [
-        template.head,
-        template.section("What is measured", photos=most["images"], model=most["model"]),
-        *(compared(title, *make(measured)) for title, make in _SECTIONS.items()),
-    ]
-    for file, (dense, *others) in files.items():
-        others.sort(key=lambda row: (-row.density, -row.choose, row.variant.name))
-        told = dense.summary | {"jax": dense.summary["versions"]["jax"], "file": file}
-        parts.append(template.section("All of {file}", [row.values for row in others], **told))
-    return "\n".join(parts)
+def _place(row: Row) -> tuple[float, float, str]:
+    return -row.density, -row.choose, row.variant.name
 
 
 class _Measured(NamedTuple):
@@ -79,80 +91,36 @@ class _Measured(NamedTuple):
         return max(reversed(found), key=lambda row: row.summary["images"], default=None)
 
 
-_Section = tuple[list[dict[str, Any]], list[str]]  # rows of the table, and verdicts
+_Told = Iterator[tuple[dict[str, Any], Row | None]]  # what is said beside a measurement
 
 
 def _told(found: Iterable[tuple[dict[str, Any], Row | None]]) -> list[dict[str, Any]]:
-    """What there is, with what is said beside it."""
+    """What there is."""
     return [row.values | more for more, row in found if row is not None]
 
 
-def _reference(measured: _Measured) -> _Section:
-    found = []
+def _reference(measured: _Measured) -> _Told:
     for (preset, density), expected in REFERENCE.items():
-        row = measured.sparsity(PRESETS[preset].at(density))
+        row, meaning = measured.sparsity(PRESETS[preset].at(density)), PRESETS[preset].meaning
         agrees = row is not None and abs(row.change - expected) <= TOLERANCE
-        more = {"meaning": PRESETS[preset].meaning, "expected": expected}
-        found.append((more | {"agrees": "yes" if agrees else "**no**"}, row))
-    return _told(found), []
+        more = {"meaning": meaning, "expected": expected, "agrees": "yes" if agrees else "**no**"}
+        yield more, row
 
 
-def _default(measured: _Measured) -> _Section:
-    named = {"`Sparsity(r)`": Sparsity, "`Sparsity.released(r)`": Sparsity.released}
-    rows = _told(
-        ({"name": name}, measured.sparsity(make(density)))
-        for density in DENSITIES
-        for name, make in named.items()
-    )
-    verdicts = []
-    for density, target in TARGETS.items():
-        if row := measured.sparsity(Sparsity(density)):
-            moved = "loses" if row.change < 0 else "gains"
-            verdicts.append(
-                f"Density {density:g}: it {moved} {abs(row.change):.4f}; a loss of {target} is "
-                f"allowed: {_met(-row.change <= target)}."
-            )
-    return rows, verdicts
-
-
-def _ingredients(measured: _Measured) -> _Section:
-    rows = _told(
-        ({"meaning": change.meaning}, measured.sparsity(change.at(density)))
-        for density in (0.4, 0.3)
-        for change in CHANGES.values()
-    )
-    return rows, []
-
-
-def _methods(measured: _Measured) -> _Section:
-    verdicts = []
+def _default(measured: _Measured) -> _Told:
     for density in DENSITIES:
-        ours, tome = (measured.method(name, density) for name in ("sparsesam", "tome"))
-        if ours is None or tome is None:
-            continue
-        if ours.change >= 0:
-            text = f"the default loses nothing, ToMe {-tome.change:.4f}"
-        else:
-            ratio = tome.change / ours.change
-            met = _met(ratio >= TOME_RATIO)
-            text = f"ToMe loses {ratio:.1f} times as much (target {TOME_RATIO}: {met})"
-        verdicts.append(f"Density {density:g}: {text}.")
-    found = (({"name": name}, measured.method(name, r)) for r in DENSITIES for name in NAMES)
-    return _told(found), verdicts
+        yield {"name": "`Sparsity(r)`"}, measured.sparsity(Sparsity(density))
+        released = measured.sparsity(Sparsity.released(density))
+        yield {"name": "`Sparsity.released(r)`"}, released
 
 
-def _met(met: bool) -> str:
-    return "met" if met else "**not met**"
-
-
-def _devices(measured: _Measured) -> _Section:
+def _devices(measured: _Measured) -> Iterator[dict[str, Any]]:
     """Variants that were measured on more than one device, on the photos that all of them had."""
     found: dict[str, dict[str, Row]] = {}
     for row in measured.rows:
         sparsity, method, update = row.variant.kept, row.variant.method, row.variant.group_update
         key = repr((sparsity, None if sparsity else method, update))
         found.setdefault(key, {}).setdefault(row.summary["device"], row)
-    rows = []
     for by_device in found.values():
         # In order, so that the sums round alike.
         photos = sorted(set.intersection(*(set(row.ious) for row in by_device.values())))
@@ -162,14 +130,4 @@ def _devices(measured: _Measured) -> _Section:
         told = "; ".join(f"{device}: {mean:.4f}" for device, mean in means.items())
         apart = max(means.values()) - min(means.values())
         name = next(iter(by_device.values())).variant.name
-        rows.append({"name": name, "photos": len(photos), "means": told, "apart": apart})
-    return rows, []
-
-
-_SECTIONS: dict[str, Callable[[_Measured], _Section]] = {
-    "The released preset, against an independent implementation": _reference,
-    "The default": _default,
-    "Ingredients": _ingredients,
-    "Other methods": _methods,
-    "Devices": _devices,
-}
+        yield {"name": name, "photos": len(photos), "means": told, "apart": apart}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.records import Record
-
-Columns = Mapping[str, str]
-Rows = Iterable[Mapping[str, Any]]
 
 TIMES = {
     "ms ↓": "{median_ms:.3f}",
@@ -50,29 +47,27 @@ def formatted(template: str, row: Mapping[str, Any]) -> str:
     return template.format_map(defaultdict(lambda: _Shown(None), shown))
 
 
-class Template:
-    """A document's text: a head, and sections by their titles, each with one table at most.
+def document(template: str, values: Mapping[str, Any]) -> str:
+    """A document from its template beside this module, by Jinja.
 
-    The line of a table that begins with `| {` is written for every row; other lines take values.
+    There, `{% call table(rows) %}` has a table whose last line is written for every row.
     """
+    import jinja2
 
-    def __init__(self, path: Path):
-        self.head, *texts = path.read_text(encoding="utf-8").split("\n## ")
-        self._sections = {text.partition("\n")[0]: f"## {text}" for text in texts}
+    def table(rows: Sequence[Mapping[str, Any]], caller: Callable[[], str]) -> str:
+        *head, line = caller().strip().splitlines()
+        lines = [formatted(line, row) for row in rows]
+        return "\n".join([*head, *lines, ""]) if lines else "Not measured.\n"
 
-    def section(self, title: str, rows: Sequence[Mapping[str, Any]] = (), **values: object) -> str:
-        """A section with its table, which says so if there are no rows."""
-        lines = []
-        for line in self._sections[title].splitlines():
-            if line.startswith("| {"):
-                lines += [formatted(line, row) for row in rows] or ["Not measured."]
-            elif rows or not line.startswith("|"):
-                lines.append(line.format(**values))
-        # What is empty leaves one blank line.
-        return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, trim_blocks=True)
+    text = environment.get_template(template).render(values, table=table)
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"  # what is empty leaves one line
 
 
-def print_table(title: str, columns: Columns, rows: Rows, caption: str = "") -> None:
+def print_table(
+    title: str, columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], caption: str = ""
+) -> None:
     """Print a table; nothing without rows."""
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for head, template in columns.items():

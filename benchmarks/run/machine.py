@@ -11,10 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records
+from benchmarks.records import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMIT = "SPARSESAM_COMMIT"  # for copies of the tree that are no checkout
 _CLOCKS = {
     "sm_mhz": "clocks.sm",
     "memory_mhz": "clocks.mem",
@@ -23,58 +21,42 @@ _CLOCKS = {
 }
 
 
-def commit(given: str | None = None) -> str | None:
-    """The commit: as given, of the environment, or of the checkout."""
-    return given or os.environ.get(COMMIT) or records.commit()
-
-
 def gpu_state() -> dict[str, Any]:
     """Driver, and clocks and power at this moment; None without an NVIDIA GPU."""
     query = ",".join(["driver_version", *_CLOCKS.values()])
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
-    if visible:
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]:
         command.append(f"--id={visible}")
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
         driver, *values = [x.strip() for x in found.stdout.splitlines()[0].split(",")]
     except (OSError, subprocess.SubprocessError, IndexError):
         return {"driver": None, "clocks": None}
-    return {"driver": driver, "clocks": dict(zip(_CLOCKS, map(_number, values), strict=True))}
+    clocks: dict[str, float | None] = dict.fromkeys(_CLOCKS)
+    for name, text in zip(_CLOCKS, values, strict=True):
+        with contextlib.suppress(ValueError):  # what nvidia-smi does not know
+            clocks[name] = float(text)
+    return {"driver": driver, "clocks": clocks}
 
 
-def _number(text: str) -> float | None:
-    """What nvidia-smi prints; None where it does not know."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
+def jax_environment(*, timed: bool = True) -> dict[str, str]:
+    """For a process that runs JAX beside others on the same GPU.
 
-
-def jax_environment() -> dict[str, str]:
-    """For a process that runs JAX beside others on the same GPU."""
-    return _environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-
-
-def reference_environment() -> dict[str, str]:
-    """For float32 references, which are not timed: XLA tries no kernels for them."""
-    if shutil.which("nvidia-smi") is None:
-        return jax_environment()
-    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0"]
-    flags.append("--xla_gpu_enable_triton_gemm=false")
-    return jax_environment() | {"XLA_FLAGS": " ".join(flags).strip()}
+    Of what is not timed, such as a float32 reference, XLA tries no kernels.
+    """
+    found = _environment() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if timed or shutil.which("nvidia-smi") is None:
+        return found
+    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    return found | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
 
 
 def torch_environment() -> dict[str, str]:
     """For a process that runs PyTorch; JAX is there for names and shapes only."""
-    return _environment() | {
-        "JAX_PLATFORMS": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "8"),
-        # Spinning OpenMP threads make PyTorch tens of times slower once anything else runs.
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-    }
+    # Spinning OpenMP threads make PyTorch tens of times slower once anything else runs.
+    defaults = {"TORCHINDUCTOR_COMPILE_THREADS": "8", "OMP_WAIT_POLICY": "PASSIVE"}
+    own = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return defaults | _environment() | own
 
 
 def cpu_environment(threads: int, *, keep_memory: bool) -> dict[str, str]:
@@ -85,14 +67,16 @@ def cpu_environment(threads: int, *, keep_memory: bool) -> dict[str, str]:
         keep_memory: Whether glibc keeps freed memory instead of returning it to the system. Large
             buffers are then not mapped, faulted in and zeroed again in every run.
     """
-    environment = torch_environment() | {"CUDA_VISIBLE_DEVICES": ""}
-    environment["OMP_NUM_THREADS"] = str(threads)
-    kept = {
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    }
-    return environment | (kept if keep_memory else {})
+    found = torch_environment() | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+    if keep_memory:
+        found |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0"}
+        found["MALLOC_TRIM_THRESHOLD_"] = str(1 << 40)
+    return found
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return os.environ | {"PYTHONPATH": path}
 
 
 def use_processors(count: int) -> None:
@@ -117,8 +101,3 @@ def peak_memory_mib() -> float:
     """Peak of this process's resident memory."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return os.environ | {"PYTHONPATH": path}

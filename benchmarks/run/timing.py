@@ -39,26 +39,24 @@ class Runnable(NamedTuple):
     """What a peer builds: a program that has run once, whatever its framework.
 
     Attributes:
+        device: Of a framework; has `name`, `wait` for a result, `start_peak` and `peak` of memory.
         launch: Starts a launch and returns its result, which may not be there yet.
-        wait: Waits for a result, and returns it.
         output: Of the first run, float32: what is compared.
         notes: What the record says even where nothing is timed.
-        start_peak: Forgets the peak of memory until now, where the framework can.
-        peak: The peak of memory since then, as the record has it.
         runs: Runs of the function in a launch.
+        peak: The peak of memory, where it is not that of the launches.
     """
 
+    device: Any
     launch: Callable[[], Any]
-    wait: Callable[[Any], Any]
     output: np.ndarray
     notes: Record
-    start_peak: Callable[[], None]
-    peak: Callable[[], Record]
     runs: int = 1
+    peak: Record | None = None
 
     def call(self) -> Any:
         """Launch and wait."""
-        return self.wait(self.launch())
+        return self.device.wait(self.launch())
 
     def queued_ms(self, launches: int) -> float:
         """Wall time of a run where every launch comes before the one before it has ended."""
@@ -71,11 +69,11 @@ class Runnable(NamedTuple):
     def measure_queued(self, runs: int, loops: int) -> Record:
         """Spread over `runs` times of about `loops` queued runs each, and the peak of memory."""
         launches = max(1, loops // self.runs)
-        self.start_peak()
+        self.device.start_peak()
         for _ in range(2):
             self.queued_ms(launches)
         spread = Spread.of([self.queued_ms(launches) for _ in range(runs)])
-        return spread._asdict() | self.peak()
+        return spread._asdict() | (self.peak or self.device.peak())
 
 
 def time_ms(call: Callable[[], Any]) -> float:

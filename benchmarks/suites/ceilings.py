@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.records import Record
-from benchmarks.run import machine
+from benchmarks.run.jobs import Job, Program
 from benchmarks.run.options import Batches, Dtype, Loops, Models, SuiteOptions
-from benchmarks.run.pool import Job, labels
 
 KEYS = ("model", "batch", "implementation", "shape")
 Ceiling = dict[str, float]  # TFLOP/s of `products` and `attention`, TB/s of `copy`; `copies`
@@ -29,60 +29,52 @@ class Options(SuiteOptions):
     loops: Loops = 10
 
 
+class CeilingsJob(Job):
+    """All ceilings of a model at a batch, which check themselves."""
+
+    @property
+    def label(self) -> str:
+        """The model and the batch."""
+        return f"ceilings {self.what[0]} B{self.what[1]} {self.options.dtype}"
+
+    def build(self) -> Program:
+        """One program a ceiling."""
+        from benchmarks.peers import jax_ceilings
+
+        (model, batch), own = self.what, self.options
+        return jax_ceilings.build(model, batch, own.dtype, own.runs, own.loops)
+
+
 def jobs(options: Any) -> list[Job]:
     """One case a model and batch, of the options of any suite that has them."""
-    names = ("dtype", "runs", "loops")
-    return [
-        Job(
-            label=labels(["ceilings", model, f"B{batch}", options.dtype]),
-            module="benchmarks.peers.jax_ceilings",
-            arguments=dict(model=model, batch=batch) | {n: getattr(options, n) for n in names},
-            environment=machine.jax_environment(),
-            known={
-                "suite": "ceilings",
-                "peer": "xla",
-                "model": model,
-                "batch": batch,
-                "density": 1.0,
-                "dtype": options.dtype,
-                "input": "standard normal",
-                "peak_mib": None,
-            },
+    cases = itertools.product(options.models, options.batches)
+    found: list[Job] = []
+    for model, batch in cases:
+        fields = dict(model=model, batch=batch, dtype=options.dtype, density=1.0, peak_mib=None)
+        fields |= {"peer": "xla", "input": "standard normal"}
+        own: dict[str, Any] = dict(
+            suite="ceilings", options=options, implementation="xla", fields=fields
         )
-        for model, batch in itertools.product(options.models, options.batches)
-    ]
+        found.append(CeilingsJob(what=(model, batch), **own))
+    return found
 
 
-class Rates:
-    """The ceilings that a suite has measured for its own cases."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, int], list[Record]] = {}
-
-    def jobs(self, options: Any) -> list[Job]:
-        """The ceilings of a suite's models and batches; they come before its cases."""
-        return [dataclasses.replace(job, finish=self._keep) for job in jobs(options)]
-
-    def _keep(self, record: Record) -> None:
-        if not record["not_run"]:
-            self._found.setdefault((record["model"], record["batch"]), []).append(record)
-
-    def get(self, model: str, batch: int) -> Ceiling | None:
-        """All products together, attention, copy; None where nothing was measured."""
-        if (model, batch) not in self._found:
-            return None
-        attention = copy = flops = ms = copies = 0.0
-        for r in self._found[model, batch]:
-            copies = r["copies"]
-            if r["implementation"] == "copy":
-                copy = r["tbs"]
-            elif r["implementation"].startswith("attention"):
-                attention = r["tflops"]
-            else:
-                flops += r["tflops"] * r["median_ms"]
-                ms += r["median_ms"]
-        products = flops / ms if ms else 0.0
-        return {"products": products, "attention": attention, "copy": copy, "copies": copies}
+def ceiling(found: Sequence[Record], model: str, batch: int) -> Ceiling | None:
+    """All products together, attention, copy; None where nothing was measured."""
+    own = [r for r in found if r["suite"] == "ceilings" and not r["not_run"]]
+    own = [r for r in own if (r["model"], r["batch"]) == (model, batch)]
+    if not own:
+        return None
+    attention = [r["tflops"] for r in own if r["implementation"].startswith("attention")]
+    copies = [r["tbs"] for r in own if r["implementation"] == "copy"]
+    products = [(r["tflops"], r["median_ms"]) for r in own if len(r["shape"]) == 3]
+    ms = sum(ms for _, ms in products)
+    return {
+        "products": sum(rate * ms for rate, ms in products) / ms,
+        "attention": attention[-1],
+        "copy": copies[-1],
+        "copies": own[-1]["copies"],
+    }
 
 
 def floor_ms(work: Any, batch: int, ceiling: Ceiling) -> dict[str, float]:

@@ -10,28 +10,30 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import typer
+from typer import Option
 
 from benchmarks import peers, records
 from benchmarks.cases import shapes
 from benchmarks.cases.encoder_cases import EncoderCase
 from benchmarks.records import Record
 from benchmarks.run import machine
+from benchmarks.run.jobs import Job, Program, labels, relative_error
 from benchmarks.run.options import Densities, SuiteOptions, Warmups
-from benchmarks.run.pool import Job, labels, relative_error
-from benchmarks.run.process import Program
 from benchmarks.run.timing import time_ms
-from benchmarks.suites import jobs as jobs_of
 from sparsesam_jax.config import Sparsity
 
 TORCH = ("transformers-eager", "transformers")
 # Share of the largest feature: float32 through a whole encoder, its sums in another order.
 MAX_DENSE_ERROR = 2e-4
 KEYS = ("peer", "implementation", "density")
+# What a record has even where it was not measured.
+_EMPTY = ("q1_ms", "q3_ms", "ms_per_image", "peak_mib", "compile_s", "reference", "max_error")
+_EMPTY += ("relative_error", "ratio_to_pytorch", "speedup_over_dense")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,25 +43,24 @@ class Options(SuiteOptions):
     turns = True
     quick_fields: ClassVar = {"runs": 9, "warmups": 2}
 
-    model: Annotated[str, typer.Option(help="vit_t, vit_b, vit_l or vit_h.")] = "vit_b"
+    model: Annotated[str, Option(help="vit_t, vit_b, vit_l or vit_h.")] = "vit_b"
     densities: Densities = (0.3,)
-    batch: Annotated[int, typer.Option(help="Images a run.")] = 1
-    threads: Annotated[int, typer.Option(help="Of every peer. Without it: all processors.")] = (
+    batch: Annotated[int, Option(help="Images a run.")] = 1
+    threads: Annotated[int, Option(help="Of every peer. Without it: all processors.")] = (
         dataclasses.field(default_factory=records.available_cpus)
     )
-    runs: Annotated[int, typer.Option(help="Timed runs of each peer.")] = 9
+    runs: Annotated[int, Option(help="Timed runs of each peer.")] = 9
     warmups: Warmups = 2
     keep_memory: Annotated[
-        bool, typer.Option("--keep-memory", help="Let glibc keep freed memory, for all alike.")
+        bool, Option("--keep-memory", help="Let glibc keep freed memory, for all alike.")
     ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threads > records.available_cpus():
-            raise ValueError(
-                f"threads must be at most the processors at hand ({records.available_cpus()}), "
-                f"got {self.threads}"
-            )
+        most = records.available_cpus()
+        if self.threads > most:
+            expected = f"at most the processors at hand ({most})"
+            raise ValueError(f"threads must be {expected}, got {self.threads}")
         for density in self.densities:
             if not 0 < density < 1:
                 raise ValueError(f"density must lie in (0, 1) beside dense, got {density}")
@@ -67,94 +68,96 @@ class Options(SuiteOptions):
 
 def jobs(options: Options) -> list[Job]:
     """PyTorch first, since ours is checked against it."""
-    medians: dict[str, float] = {}
-    first, ours = _name(TORCH[0], 1.0), _name("xla", 1.0)
-    cases = [(name, 1.0, first) for name in (*TORCH, "xla")]
-    cases += [("xla", density, ours) for density in options.densities]
-    return [_job(options, *case, medians) for case in cases]
+    cases = [*((name, 1.0) for name in (*TORCH, "xla")), *(("xla", r) for r in options.densities)]
+    own = {n: getattr(options, n) for n in ("threads", "warmups", "keep_memory")}
+    own |= dict.fromkeys(_EMPTY) | {"device": records.cpu_name()}
+    found: list[Job] = []
+    for name, density in cases:
+        sparsity, label = None if density == 1 else Sparsity(density), _label(name, density)
+        what = EncoderCase(model=options.model, batch=options.batch, sparsity=sparsity)
+        fields = what.fields | own | {"name": label, "implementation": label.split()[1]}
+        reference = _label(TORCH[0] if sparsity is None else "xla")
+        given: dict[str, Any] = dict(
+            suite="cpu", what=what, options=options, implementation=name, fields=fields
+        )
+        given["max_error"] = MAX_DENSE_ERROR if sparsity is None else None
+        given["reference"] = None if reference == label else reference
+        found.append(CpuJob(**given))
+    return found
 
 
-def _name(name: str, density: float) -> str:
+def _label(name: str, density: float = 1.0) -> str:
     peer = peers.PEERS[name]
-    own = "xla" if peer.ours else peer.attention
+    own = name if peer.ours else peer.attention
     return labels([peer.package, own, None if density == 1 else density])
 
 
-def _job(
-    options: Options, name: str, density: float, reference: str, medians: dict[str, float]
-) -> Job:
-    peer, label = peers.PEERS[name], _name(name, density)
-    sparsity = None if density == 1 else Sparsity(density)
-    what = EncoderCase(model=options.model, batch=options.batch, sparsity=sparsity)
+class CpuJob(Job):
+    """A peer's encoder on so many processors."""
 
-    def finish(record: Record) -> None:
-        if median := record["median_ms"]:
-            medians[label] = median
-            record["ms_per_image"] = median / options.batch
-        if peer.ours and median:
-            torch = [medians[n] for n in (_name(t, 1.0) for t in TORCH) if n in medians]
-            dense = medians.get(_name("xla", 1.0))
+    @property
+    def label(self) -> str:
+        """The peer, its attention and a density below 1."""
+        return self.fields["name"]
+
+    @property
+    def name(self) -> str | None:
+        """Its output's, which may be a reference."""
+        return self.label
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The same for all peers."""
+        threads, keep_memory = self.options.threads, self.options.keep_memory
+        return machine.cpu_environment(threads, keep_memory=keep_memory)
+
+    def errors(self, got: np.ndarray, want: np.ndarray) -> Record:
+        """The largest difference as a share of the largest feature, and relative Frobenius."""
+        largest = float(np.abs(got - want).max() / np.abs(want).max())
+        return {"max_error": largest, "relative_error": relative_error(got, want)}
+
+    def build(self) -> Program:
+        """The encoder, compiled and warmed up; measures one run at a time."""
+        what, threads, name = self.what, self.options.threads, str(self.implementation)
+        machine.use_processors(threads)
+        shared, notes = (name, what.model, what.batch, what.dtype, what.sparsity), {}
+        encode = peers.builder(name, "encoder")
+        if peers.PEERS[name].ours:
+            notes["attention"] = (
+                "dense" if what.sparsity is None else "Stripe-Sort, default Sparsity"
+            )
+            encoder = encode(*shared, own_tables=True)
+        else:
+            import torch
+
+            torch.set_num_threads(threads)
+            with tempfile.TemporaryDirectory() as folder:
+                # By another process, so that JAX is no part of this one's memory.
+                context = multiprocessing.get_context("spawn")
+                writer = context.Process(target=_write_weights, args=(what.model, folder))
+                writer.start()
+                writer.join()
+                encoder = encode(*shared, folder=folder)
+        for _ in range(self.options.warmups):
+            encoder.call()
+        known = machine.reset_peak_memory()
+
+        def measure() -> Record:
+            ms = time_ms(encoder.call)
+            return {"ms": ms, "peak_mib": machine.peak_memory_mib() if known else None}
+
+        return Program(encoder.output, measure, encoder.notes | notes)
+
+    def finish(self, record: Record, found: Sequence[Record]) -> None:
+        """How ours compares."""
+        medians = {r["name"]: r["median_ms"] for r in found if not r["not_run"]}
+        median = record["median_ms"]
+        record["ms_per_image"] = median / self.options.batch
+        if record["peer"] == "sparsesam_jax":
+            torch = [medians[name] for name in map(_label, TORCH) if name in medians]
+            dense = medians.get(_label("xla"), median if self.what.sparsity is None else None)
             record["ratio_to_pytorch"] = median / min(torch) if torch else None
             record["speedup_over_dense"] = dense / median if dense else None
-
-    empty = ("q1_ms", "q3_ms", "ms_per_image", "peak_mib", "compile_s", "reference", "max_error")
-    empty += ("relative_error", "ratio_to_pytorch", "speedup_over_dense")
-    own: Record = {name: getattr(options, name) for name in ("threads", "warmups", "keep_memory")}
-    own |= {"image_size": what.config.image_size, "density": density, "name": label}
-    own |= {"device": records.cpu_name(), "implementation": "xla" if peer.ours else peer.attention}
-    case = dataclasses.asdict(what)
-    job = jobs_of.timed(
-        "cpu",
-        name,
-        __name__,
-        label,
-        dict(case=case, threads=options.threads, warmups=options.warmups),
-        case | jobs_of.DRAWN | dict.fromkeys(empty) | own,
-        name=label,
-        reference=None if reference == label else reference,
-        max_error=MAX_DENSE_ERROR if density == 1 else None,
-        errors=errors,
-        finish=finish,
-    )
-    environment = machine.cpu_environment(options.threads, keep_memory=options.keep_memory)
-    return dataclasses.replace(job, label=label, environment=environment)
-
-
-def errors(got: np.ndarray, want: np.ndarray) -> Record:
-    """The largest difference as a share of the largest feature, and relative Frobenius."""
-    largest = float(np.abs(got - want).max() / np.abs(want).max())
-    return {"max_error": largest, "relative_error": relative_error(got, want)}
-
-
-def build(case: Record, implementation: str, threads: int, warmups: int) -> Program:
-    """A peer's encoder, compiled and warmed up; measures one run at a time."""
-    machine.use_processors(threads)
-    what, notes = EncoderCase.of(case), {}
-    shared = (implementation, what.model, what.batch, what.dtype, what.sparsity)
-    encode = peers.builder(implementation, "encoder")
-    if peers.PEERS[implementation].ours:
-        notes["attention"] = "dense" if what.sparsity is None else "Stripe-Sort, default Sparsity"
-        encoder = encode(*shared, own_tables=True)
-    else:
-        import torch
-
-        torch.set_num_threads(threads)
-        with tempfile.TemporaryDirectory() as folder:
-            # By another process, so that JAX is no part of this one's memory.
-            context = multiprocessing.get_context("spawn")
-            writer = context.Process(target=_write_weights, args=(what.model, folder))
-            writer.start()
-            writer.join()
-            encoder = encode(*shared, folder=folder)
-    for _ in range(warmups):
-        encoder.call()
-    known = machine.reset_peak_memory()
-
-    def measure() -> Record:
-        ms = time_ms(encoder.call)
-        return {"ms": ms, "peak_mib": machine.peak_memory_mib() if known else None}
-
-    return Program(encoder.output, measure, encoder.notes | notes)
 
 
 def _write_weights(model: str, folder: str) -> None:

@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from benchmarks import peers
 from benchmarks.cases import shapes
+from benchmarks.cases.encoder_cases import EncoderCase
 from benchmarks.records import Record
+from benchmarks.run.jobs import Job, Program
 from benchmarks.run.options import Densities, Dtype, Implementations, Models, SuiteOptions
-from benchmarks.run.pool import Job
-from benchmarks.run.process import Program
 from benchmarks.run.timing import Spread, median_ms, time_ms
-from benchmarks.suites import jobs as jobs_of
+from sparsesam_jax.config import Sparsity
 
 PROMPTS = (1, 10)
 # Relative Frobenius error of the logits, after encoder and decoder; see `encoder.MAX_ERROR`.
 MAX_ERROR = {"float32": 2e-2, "bfloat16": 0.15, "float16": 0.1}
 MAX_SPARSE_ERROR = {"float32": 0.1, "bfloat16": 0.4, "float16": 0.3}
+IMPLEMENTATIONS = peers.names("predictor")
 KEYS = ("model", "density", "implementation", "prompts")
 
 
@@ -37,72 +38,67 @@ class Options(SuiteOptions):
         "densities": (1.0,),
         "implementations": ("mosaic_gpu", "xla", "transformers"),
     }
-    implementation_names = peers.names("predictor")
+    choices: ClassVar = {"implementations": IMPLEMENTATIONS}
 
     models: Models = ("vit_l",)
     densities: Densities = (1.0, 0.3)
-    implementations: Implementations = implementation_names
+    implementations: Implementations = IMPLEMENTATIONS
     dtype: Dtype = "bfloat16"
 
 
 def jobs(options: Options) -> list[Job]:
     """All cases, each density's reference first."""
-    found = []
+    found: list[Job] = []
     for model, density in itertools.product(options.models, options.densities):
-        case = dict(model=model, density=density)
-        name, dtype = f"{model} r{density}", options.dtype
-        float32 = case | dict(implementation="xla", dtype="float32")
-        found.append(jobs_of.reference("end-to-end", f"{name} float32 xla", __name__, float32))
-        size = shapes.photo_size(shapes.model_config(model))
-        known = {
-            **case,
-            "batch": 1,
-            "dtype": dtype,
-            "image": size,
-            "weights": shapes.WEIGHTS_DISTRIBUTION,
-        }
-        for implementation in options.implementations:
-            if implementation in peers.names("predictor", density):
-                job = jobs_of.timed(
-                    "end-to-end",
-                    implementation,
-                    __name__,
-                    f"{name} {dtype}",
-                    case | dict(dtype=dtype, runs=options.runs),
-                    known,
-                    reference=f"{name} float32 xla",
-                    max_error=(MAX_ERROR if density == 1 else MAX_SPARSE_ERROR)[dtype],
-                )
-                found.append(job)
+        sparsity = None if density == 1 else Sparsity(density)
+        what = EncoderCase(model=model, sparsity=sparsity, dtype=options.dtype)
+        names = ("model", "density", "batch", "dtype", "weights")
+        fields = {name: what.fields[name] for name in names}
+        fields["image"] = shapes.photo_size(shapes.model_config(model))
+        bounds = MAX_ERROR if sparsity is None else MAX_SPARSE_ERROR
+        timed: dict[str, Any] = dict(
+            fields=fields, reference=str(what.reference), max_error=bounds[what.dtype]
+        )
+        own: dict[str, Any] = dict(suite="end-to-end", options=options)
+        found.append(PredictorJob(what=what.reference, implementation=None, **own))
+        for name in peers.names("predictor", density):
+            if name in options.implementations:
+                found.append(PredictorJob(what=what, implementation=name, **own, **timed))
     return found
 
 
-def build(model: str, density: float, implementation: str, dtype: str, runs: int = 0) -> Program:
-    """A predictor that has predicted; its output is the logits of all prompts.
+class PredictorJob(Job):
+    """A predictor; its output is the logits of all prompts."""
 
-    Without runs, a reference.
-    """
-    peer, size = peers.PEERS[implementation], shapes.photo_size(shapes.model_config(model))
-    own = dict(density=density) if peer.ours else {}
-    predictor = peers.builder(implementation, "predictor")(implementation, model, dtype, **own)
-    prompts = [shapes.diagonal_points(count, *size) for count in PROMPTS]
-    logits = predictor.whole(prompts[-1])[2]
+    def build(self) -> Program:
+        """It has predicted."""
+        name, config = self.implementation or "xla", shapes.model_config(self.what.model)
+        ours, size = peers.PEERS[name].ours, shapes.photo_size(config)
+        own = dict(density=self.what.density) if ours else {}
+        predictor = peers.builder(name, "predictor")(name, self.what.model, self.what.dtype, **own)
+        prompts = [shapes.diagonal_points(count, *size) for count in PROMPTS]
+        logits, runs = predictor.whole(prompts[-1])[2], self.options.runs
 
-    def measure() -> Record:
-        several = []
-        for points in prompts:
-            predictor.whole(points)
-            predictor.start_peak()
-            total = Spread.of([time_ms(lambda p=points: predictor.whole(p)) for _ in range(runs)])
-            peak, calls = predictor.peak(), predictor.parts(points)
-            parts = {name: median_ms(call, runs) for name, call in calls.items()}
-            if peer.ours:  # its encoder is `set_image`
-                parts["encoder"] -= parts["preprocess"]
-            times = {**total._asdict(), "ms_per_image": total.median_ms}
-            several.append({"prompts": len(points), **times, "parts_ms": parts, **peak})
-        return {"several": several}
+        def measure() -> Record:
+            several = []
+            for points in prompts:
+                predictor.whole(points)
+                predictor.device.start_peak()
+                times = [time_ms(lambda p=points: predictor.whole(p)) for _ in range(runs)]
+                total, peak, calls = (
+                    Spread.of(times),
+                    predictor.device.peak(),
+                    predictor.parts(points),
+                )
+                parts = {name: median_ms(call, runs) for name, call in calls.items()}
+                if ours:  # its encoder is `set_image`
+                    parts["encoder"] -= parts["preprocess"]
+                own = {"prompts": len(points), "parts_ms": parts}
+                own["ms_per_image"] = total.median_ms
+                several.append(own | total._asdict() | peak)
+            return {"several": several}
 
-    return Program(logits, measure if runs else None, predictor.notes)
+        return Program(logits, measure if self.implementation else None, predictor.notes)
 
 
 def show(results: list[Record], options: Options) -> None:

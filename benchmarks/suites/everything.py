@@ -22,7 +22,7 @@ from skimage import data
 
 from benchmarks import records
 from benchmarks.cases import shapes
-from benchmarks.peers.jax_models import device_name, peak_memory
+from benchmarks.peers.jax_models import JAX
 from benchmarks.records import Record
 from benchmarks.report import tables
 from benchmarks.run.timing import Spread, time_ms
@@ -104,7 +104,7 @@ def _measure(
         "options": options,
         "candidates": len(rle),
         "max_error": error,
-        "device": device_name(),
+        "device": JAX.name,
         "versions": records.versions(),
         "commit": records.commit(),
         "not_run": None,
@@ -114,7 +114,7 @@ def _measure(
         whole = generator(output_mode=mode)
         masks = len(whole.generate(image))
         times = Spread.of([time_ms(lambda call=whole: call.generate(image)) for _ in range(runs)])
-        peak = peak_memory()["peak_mib"]
+        peak = JAX.peak()["peak_mib"]
         beside = None if peak is None else peak - mib
         yield common | times._asdict() | {"what": mode, "masks": masks, "peak_mib": beside}
     for name, call in _parts(generator(), image, boxes, scores, masks).items():
@@ -205,14 +205,14 @@ def _transformers(folder: Path, dtype: str, image: np.ndarray, options: Any) -> 
 
     from benchmarks.peers import torch_models
 
-    device, torch_dtype = torch_models.settings("transformers", dtype)
+    device = torch_models.Torch("transformers", dtype)
     config = native.read(folder.parent / "model.safetensors")[0]
-    sam = torch_models.load_transformers(config, "transformers", device, torch_dtype, str(folder))
+    sam = torch_models.load_transformers(config, "transformers", device, str(folder))
     side = config.image_encoder.image_size
     images = SamImageProcessor(
         size={"longest_edge": side}, pad_size={"height": side, "width": side}
     )
-    made: Any = pipeline("mask-generation", model=sam, image_processor=images, device=device)
+    made: Any = pipeline("mask-generation", model=sam, image_processor=images, device=device.place)
     chosen = {
         "points_per_batch": 64,
         "points_per_crop": options["points_per_side"],
@@ -226,10 +226,10 @@ def _transformers(folder: Path, dtype: str, image: np.ndarray, options: Any) -> 
         with torch.inference_mode():
             photo = Image.fromarray(image)
             made(photo, **chosen | {"points_per_crop": SMALL_GRID})
-            torch_models.start_peak(device)
+            device.start_peak()
             found: list[Any] = []
             times = [time_ms(lambda: found.append(made(photo, **chosen))) for _ in range(2)]
     except (ImportError, RuntimeError, TypeError) as error:
         return record | {"median_ms": None, "not_run": " ".join(str(error).split())[:200]}
     masks = len(found[-1]["masks"])
-    return record | Spread.of(times)._asdict() | torch_models.memory(device) | {"masks": masks}
+    return record | Spread.of(times)._asdict() | device.peak() | {"masks": masks}

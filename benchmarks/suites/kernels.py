@@ -15,153 +15,84 @@ import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
-import typer
+from typer import Option
 
 from benchmarks import peers
 from benchmarks.cases.kernel_cases import INPUT, OPS, Case
 from benchmarks.records import Record
-from benchmarks.run.options import (
-    Batches,
-    Densities,
-    Dtype,
-    Implementations,
-    Loops,
-    Models,
-    SuiteOptions,
-    check_name,
-)
-from benchmarks.run.pool import Job
-from benchmarks.run.process import Program
-from benchmarks.suites import jobs as jobs_of
-from benchmarks.suites.ceilings import Rates
+from benchmarks.run import options as common
+from benchmarks.run.jobs import Job, Program
+from benchmarks.suites import ceilings
 
 MAX_ERROR = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3}
+IMPLEMENTATIONS = tuple(dict.fromkeys(itertools.chain(*map(peers.names, OPS))))
 KEYS = ("op", "model", "batch", "density", "order", "peer", "implementation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(SuiteOptions):
+class Options(common.SuiteOptions):
     """What to measure: every combination; of each op all that computes it."""
 
     quick_fields: ClassVar = {"densities": (0.3,)}
-    implementation_names = tuple(dict.fromkeys(itertools.chain(*map(peers.names, OPS))))
+    choices: ClassVar = {"implementations": IMPLEMENTATIONS, "ops": OPS}
 
-    models: Models = ("vit_l",)
-    batches: Batches = (8, 1)
-    densities: Densities = (1.0, 0.3)
+    models: common.Models = ("vit_l",)
+    batches: common.Batches = (8, 1)
+    densities: common.Densities = (1.0, 0.3)
     ops: Annotated[
-        Sequence[str], typer.Option("--op", help="stripe, window or mlp. Without it: all.")
+        Sequence[str], Option("--op", help="stripe, window or mlp. Without it: all.")
     ] = OPS
-    implementations: Implementations = implementation_names
-    dtype: Dtype = "bfloat16"
-    loops: Loops = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for op in self.ops:
-            check_name("op", op, OPS)
-
-    def cases(self) -> list[Case]:
-        """The functions and shapes."""
-        found = []
-        for model, batch, op, density in itertools.product(
-            self.models, self.batches, self.ops, self.densities
-        ):
-            sparse_stripe = op == "stripe" and density < 1
-            for order in ("groups", "tiles") if sparse_stripe else (None,):
-                case = Case(op=op, model=model, batch=batch, density=density, order=order)
-                found.append(dataclasses.replace(case, dtype=self.dtype))
-        return found
+    implementations: common.Implementations = IMPLEMENTATIONS
+    dtype: common.Dtype = "bfloat16"
+    loops: common.Loops = 10
 
 
 def jobs(options: Options) -> list[Job]:
     """All cases; the ceilings and each case's reference first."""
-    rates = Rates()
-    found = rates.jobs(options)
-    for case in options.cases():
-        found.append(reference(case, "kernels"))
-        for name in peers.names(case.op, case.density):
-            tiles = case.order == "tiles"  # for PyTorch the same as groups
-            if name in options.implementations and (peers.PEERS[name].ours or not tiles):
-                found.append(_job(options, case, name, rates))
+    found = ceilings.jobs(options)
+    for model, batch, op, density in itertools.product(
+        options.models, options.batches, options.ops, options.densities
+    ):
+        for order in ("groups", "tiles") if op == "stripe" and density < 1 else (None,):
+            case = Case(
+                op=op, model=model, batch=batch, density=density, order=order, dtype=options.dtype
+            )
+            known = [n for n in peers.names(op, density) if n in options.implementations]
+            if order == "tiles":  # for PyTorch the same as groups
+                known = [name for name in known if peers.PEERS[name].ours]
+            own: dict[str, Any] = dict(suite="kernels", what=case, options=options)
+            found.append(KernelJob(implementation=None, **own))
+            found += [KernelJob(implementation=n, **own, **timed(case)) for n in known]
     return found
 
 
-def reference(case: Case, suite: str) -> Job:
-    """A function in float32 by XLA, which cases are compared with."""
-    arguments = dict(case=dataclasses.asdict(case))
-    return jobs_of.reference(suite, str(case), __name__, arguments)
+def timed(case: Case) -> dict[str, Any]:
+    """What the timed jobs of a case have in common."""
+    fields = dataclasses.asdict(case) | {"input": INPUT}
+    return {"fields": fields, "reference": str(case), "max_error": MAX_ERROR[case.dtype]}
 
 
-def _job(options: Options, case: Case, name: str, rates: Rates) -> Job:
-    found = job(case, name, "kernels", runs=options.runs, loops=options.loops)
+class KernelJob(Job):
+    """A peer's function; its output is the last image's."""
 
-    def finish(record: Record) -> None:
-        found.finish(record)
-        ceiling = rates.get(case.model, case.batch)
-        if not record["not_run"] and ceiling:
+    def build(self) -> Program:
+        """It has run once."""
+        if self.implementation is None:
+            from benchmarks.peers import jax_kernels
+
+            return Program(jax_kernels.reference_output(self.what), None, {})
+        runs, loops = self.options.runs, self.options.loops
+        kernel = peers.builder(self.implementation, self.what.op)(
+            self.implementation, self.what, loops
+        )
+        return Program(kernel.output, lambda: kernel.measure_queued(runs, loops), kernel.notes)
+
+    def finish(self, record: Record, found: Sequence[Record]) -> None:
+        """Rates, and the share of the ceiling where it was measured."""
+        case, ms = self.what, record.get("kernel_median_ms", record["median_ms"])
+        record["ms_per_image"] = record["median_ms"] / case.batch
+        record["tflops"] = case.flops / ms / 1e9 or None
+        if ceiling := ceilings.ceiling(found, case.model, case.batch):
             rate = ceiling["products" if case.op == "mlp" else "attention"]
-            record["ceiling"] = ceiling
-            record["ceiling_tflops"] = rate
+            record |= {"ceiling": ceiling, "ceiling_tflops": rate}
             record["share_of_ceiling"] = record["tflops"] / rate
-
-    return dataclasses.replace(found, finish=finish)
-
-
-def job(case: Case, name: str, suite: str, *, known: Record | None = None, **arguments: Any) -> Job:
-    """A peer's function, timed; `arguments` are those of `build`."""
-
-    def finish(record: Record) -> None:
-        if not record["not_run"]:
-            ms = record.get("kernel_median_ms", record["median_ms"])
-            record["ms_per_image"] = record["median_ms"] / case.batch
-            record["tflops"] = case.flops / ms / 1e9 or None
-
-    given = dataclasses.asdict(case)
-    return jobs_of.timed(
-        suite,
-        name,
-        __name__,
-        case,
-        {"case": given} | arguments,
-        given | {"input": INPUT} | (known or {}),
-        reference=str(case),
-        max_error=MAX_ERROR[case.dtype],
-        finish=finish,
-    )
-
-
-def build(
-    case: Record,
-    implementation: str | None = None,
-    runs: int = 0,
-    loops: int | None = None,
-    config: Record | None = None,
-) -> Program:
-    """One function; its output is the last image's.
-
-    Without an implementation it is the reference, without loops a task of tuning.
-    """
-    what = Case(**case)
-    if implementation is None:
-        from benchmarks.peers import jax_kernels
-
-        return Program(jax_kernels.reference_output(what), None, {})
-    if loops is None:
-        return _tuned(what, implementation, runs, config)
-    kernel = peers.builder(implementation, what.op)(implementation, what, loops)
-    return Program(kernel.output, lambda: kernel.measure_queued(runs, loops), kernel.notes)
-
-
-def _tuned(case: Case, implementation: str, runs: int, config: Record | None) -> Program:
-    from benchmarks.peers import jax_kernels
-
-    whole, kernel = jax_kernels.tuned(implementation, case, config)
-
-    def measure() -> Record:
-        alone = kernel.measure_queued(runs, kernel.runs) if kernel else {}
-        names = "median_ms", "q1_ms", "q3_ms"
-        own = {f"kernel_{name}": alone[name] for name in names if alone}
-        return whole.measure_queued(runs, whole.runs) | own
-
-    return Program(whole.output, measure, whole.notes)

@@ -1,7 +1,7 @@
 """Time and memory of our encoder against batch, image size and density, one at a time.
 
 The other two stay at `batch`, the model's own image size and each of `densities`. Exponents are
-fitted over all points and printed beside those of the counted work (`growth`).
+fitted over all points and printed beside those of the counted work (`report.data.fits`).
 """
 
 from __future__ import annotations
@@ -10,22 +10,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
-import typer
+from typer import Option
 
 from benchmarks import peers
 from benchmarks.cases import shapes
 from benchmarks.cases.encoder_cases import EncoderCase
 from benchmarks.records import Record
-from benchmarks.run.options import (
-    Densities,
-    Dtype,
-    Implementations,
-    Models,
-    SuiteOptions,
-    Warmups,
-    check_name,
-)
-from benchmarks.run.pool import Job
+from benchmarks.run import options as common
+from benchmarks.run.jobs import Job
 from benchmarks.suites import encoder
 from sparsesam_jax.config import Sparsity
 
@@ -34,7 +26,7 @@ KEYS = ("model", "batch", "image_size", "density", "implementation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(SuiteOptions):
+class Options(common.SuiteOptions):
     """What to measure: `batches`, `image_sizes` and `density_points` along their own axis."""
 
     quick_fields: ClassVar = {
@@ -44,26 +36,23 @@ class Options(SuiteOptions):
         "image_sizes": (128, 256),
         "batch": 1,
     }
-    implementation_names = peers.OURS
+    choices: ClassVar = {"implementations": peers.OURS, "axes": AXES}
 
-    models: Models = ("vit_l",)
-    implementations: Implementations = ("mosaic_gpu",)
+    models: common.Models = ("vit_l",)
+    implementations: common.Implementations = ("mosaic_gpu",)
     axes: Annotated[
-        Sequence[str],
-        typer.Option("--axis", help="batch, image_size or density. Without it: all."),
+        Sequence[str], Option("--axis", help="batch, image_size or density. Without it: all.")
     ] = AXES
     batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)
     image_sizes: Sequence[int] = (512, 768, 1024, 1536, 2048)
     density_points: Sequence[float] = (1.0, 0.7, 0.5, 0.4, 0.3, 0.25)
     batch: int = 8
-    densities: Densities = (1.0,)
-    dtype: Dtype = "bfloat16"
-    warmups: Warmups = 5
+    densities: common.Densities = (1.0,)
+    dtype: common.Dtype = "bfloat16"
+    warmups: common.Warmups = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for axis in self.axes:
-            check_name("axis", axis, AXES)
         for name in self.models:
             patch = shapes.model_config(name).image_encoder.patch_size
             for size in self.image_sizes:
@@ -77,10 +66,10 @@ def jobs(options: Options) -> list[Job]:
     for model in options.models:
         points = _points(options, model)
         for case in dict.fromkeys(case.reference for case in points):
-            found.append(encoder.reference(case, "scaling"))
+            found.append(encoder.job("scaling", case, None, options))
         for name in options.implementations:
             for case, axes in points.items():
-                found.append(encoder.job(case, name, "scaling", options, axes=axes))
+                found.append(encoder.job("scaling", case, name, options, axes=axes))
     return found
 
 
@@ -89,8 +78,8 @@ def _points(options: Options, model: str) -> dict[EncoderCase, list[str]]:
     own = shapes.model_config(model).image_encoder.image_size
     points: dict[EncoderCase, list[str]] = {}
     for axis in options.axes:
-        for density in options.densities if axis != "density" else options.density_points:
-            along = {"batch": options.batches, "image_size": options.image_sizes}.get(axis, [0])
+        along = {"batch": options.batches, "image_size": options.image_sizes}.get(axis, [0])
+        for density in options.density_points if axis == "density" else options.densities:
             for value in along:
                 case = EncoderCase(
                     model=model,
@@ -105,7 +94,7 @@ def _points(options: Options, model: str) -> dict[EncoderCase, list[str]]:
 
 def show(results: list[Record], options: Options) -> None:
     """Print the fitted exponents."""
-    from benchmarks.report import growth, tables
+    from benchmarks.report import data, tables
 
     title = "Growth: exponents of power laws"
-    tables.print_table(title, growth.COLUMNS, growth.fits(results))
+    tables.print_table(title, data.COLUMNS, data.fits(results))

@@ -4,21 +4,23 @@
 
 Each task is compared with float32 XLA of the same rounded inputs, then timed as a loop inside one
 program: the whole function, and of attention the kernel alone, without its position bias. TFLOP/s
-are those of the kernel on computed products. `peers.jax_tuning` says what runs.
+are those of the kernel on computed products. `peers.jax_kernels` says what runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import typer
+from typer import Argument, Option
 
-from benchmarks.cases.kernel_cases import OPS, PARTS, Case
+from benchmarks.cases.kernel_cases import OPS, PARTS, Case, listed
 from benchmarks.records import Record
-from benchmarks.run.options import SuiteOptions, check_name
-from benchmarks.run.pool import Job, labels
+from benchmarks.run.jobs import Job, Program, labels
+from benchmarks.run.options import SuiteOptions
 from benchmarks.suites import kernels
 
 ALL = (*OPS, *PARTS)
@@ -30,48 +32,18 @@ class Options(SuiteOptions):
     """What to measure."""
 
     quick_fields: ClassVar = {"runs": 2}
-    kernels: Annotated[
-        Sequence[str], typer.Argument(help=f"{', '.join(ALL)}. Without it: all.")
-    ] = ALL
+    choices: ClassVar = {"kernels": ALL}
+
+    kernels: Annotated[Sequence[str], Argument(help=f"{', '.join(ALL)}. Without it: all.")] = ALL
     configs: Annotated[
-        bool, typer.Option("--configs", help="Every configuration that fits, not the tuned one.")
+        bool, Option("--configs", help="Every configuration that fits, not the tuned one.")
     ] = False
     only: Annotated[
-        Sequence[str], typer.Option(help="A word of the cases' labels; may be repeated.")
+        Sequence[str], Option(help="A word of the cases' labels; may be repeated.")
     ] = ()
-    model: str | None = None  # instead of the models of the table
-    runs: Annotated[int, typer.Option(help="Timed runs of each loop.")] = 7
-    width: Annotated[int, typer.Option(help="Processes that compile at a time.")] = 12
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.kernels:
-            check_name("kernel", name, ALL)
-
-
-def _cases(op: str) -> list[Case]:
-    """The shapes of an op, what matters most first: ViT-L, and ViT-H for its head_dim of 80."""
-
-    def case(**fields: Any) -> Case:
-        given: dict[str, Any] = dict(op=op, model="vit_l", batch=8, density=1.0) | fields
-        return Case(**given)
-
-    one: dict[str, Any] = dict(batch=1)
-    if op == "bias":
-        return [case(), case(**one), case(model="vit_h")]
-    if op not in ("stripe", "window"):
-        found = [case(density=r, **own) for own in ({}, one) for r in (0.3, 1.0, 0.4)]
-        found += [case(model=m, density=r) for m in ("vit_b", "vit_h") for r in (0.3, 1.0)]
-        return [*found, case(density=0.3, dtype="float16")]
-    sparse = dict(density=0.3, order="static" if op == "window" else "tiles")
-    found = [case(), case(**sparse), case(**one), case(**one, **sparse), case(model="vit_h")]
-    found += [case(model="vit_h", **sparse), case(dtype="float16"), case(**one, grid=128)]
-    found.append(case(density=0.3, order="heads"))
-    if op == "stripe":
-        found += [case(density=r, order="tiles") for r in (0.5, 0.25)]
-        found += [case(density=0.3, order=order) for order in ("groups", "blocks")]
-        found += [case(**one, grid=128, **sparse), case(grid=32)]
-    return found
+    model: str | None = None  # instead of the models of the list
+    runs: Annotated[int, Option(help="Timed runs of each loop.")] = 7
+    width: Annotated[int, Option(help="Processes that compile at a time.")] = 12
 
 
 def configs_of(case: Case) -> Sequence[Record | None]:
@@ -86,69 +58,71 @@ def configs_of(case: Case) -> Sequence[Record | None]:
         tiles = case.order in (None, "tiles", "blocks")
         configs = tuning.H200.tiles if tiles else tuning.H200.sequences
     elif op == "window":  # turns have no effect where an operand has one stage
-        configs = (
-            *tuning.H200.windows,
-            dataclasses.replace(tuning.H200.windows[0], take_turns=False),
-        )
+        shared = dataclasses.replace(tuning.H200.windows[0], take_turns=False)
+        configs = (*tuning.H200.windows, shared)
     elif op in ("lin1", "lin2"):
         shape = case.encoder.mlp_dim, case.encoder.embed_dim
         n, k = shape if op == "lin1" else shape[::-1]
         rows = tuning.padded(case.batch * case.num_routed)
-        configs = [Config(**fields) for fields in (_SMALL if case.batch == 1 else _LARGE)]
+        products = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+        configs = [Config(**own) for own in products["small" if case.batch == 1 else "large"]]
         configs = [config for config in configs if config.fits(rows, n, k)]
     else:
         return [None]
     return [dataclasses.asdict(config) for config in configs]
 
 
-_PAIR = dict(cluster=2)
-_SHARED = dict(take_turns=False)
-_LARGE: list[dict[str, Any]] = [
-    {},
-    _PAIR,
-    _PAIR | dict(num_stages=5, num_slots=1),
-    _PAIR | dict(tile_k=128, num_stages=2),
-    _PAIR | dict(group_m=8),
-    _PAIR | dict(group_m=32),
-    _PAIR | dict(tile_m=64, tile_n=256),
-    dict(tile_m=64, tile_n=256, num_stages=5, num_slots=1),
-    *(_SHARED | own | dict(tile_n=256, num_slots=1) for own in ({}, _PAIR)),
-    *(_SHARED | own | dict(tile_m=256, num_stages=3) for own in ({}, _PAIR)),
-]
-_SMALL: list[dict[str, Any]] = [
-    *({} | own for own in ({}, _PAIR)),
-    *(_SHARED | own | dict(num_stages=6, num_slots=1) for own in ({}, _PAIR)),
-    *(own | dict(tile_m=64, num_stages=6) for own in ({}, _PAIR)),
-    *(own | dict(tile_n=64, num_stages=6, num_slots=1) for own in ({}, _PAIR)),
-    dict(tile_m=64, tile_n=64, num_stages=8, num_slots=1),
-    *(_SHARED | own | dict(tile_n=64, num_stages=8, num_slots=1) for own in ({}, _PAIR)),
-]
-
-
 def jobs(options: Options) -> list[Job]:
     """The chosen cases with each configuration, each behind what it is compared with."""
     found: dict[str, Job] = {}
     for op in options.kernels:
-        for case in _cases(op):
+        for case in listed("tune", op, model="vit_l", batch=8, density=1.0):
             if options.model:
                 case = dataclasses.replace(case, model=options.model, batch=1, grid=None)
             configs = configs_of(case) if options.configs else [None]
+            own: dict[str, Any] = dict(suite="tune", what=case, options=options)
             for name, config in [("xla", None), *(("mosaic_gpu", config) for config in configs)]:
+                given = kernels.timed(case)
                 tiling = None if config is None else _changes(op, config)
-                known = {"config": config, "tiling": tiling, "case": str(case)}
-                job = kernels.job(case, name, "tune", known=known, runs=options.runs, config=config)
-                label = labels([job.label, tiling])
-                if set(options.only) <= set(label.split()):
-                    found.setdefault(str(case), kernels.reference(case, "tune"))
-                    found.setdefault(label, dataclasses.replace(job, label=label))
+                given["fields"] |= {"config": config, "tiling": tiling, "case": str(case)}
+                job = TuneJob(implementation=name, **own, **given)
+                if set(options.only) <= set(job.label.split()):
+                    reference = kernels.KernelJob(implementation=None, **own)
+                    found.setdefault(str(case), reference)
+                    found.setdefault(job.label, job)
     return list(found.values())
 
 
 def _changes(op: str, config: Record) -> str:
     """The fields of a configuration that differ from their defaults."""
-    from benchmarks.peers.jax_kernels import MODULES
+    from benchmarks.peers.jax_kernels import CONFIGS
 
-    kind = MODULES[op.split("-")[0]][1]
+    kind = CONFIGS.get(op.split("-")[0])
     default = {field.name: field.default for field in dataclasses.fields(kind)} if kind else {}
     changed = [f"{name}={x}" for name, x in config.items() if default.get(name) != x]
     return " ".join(changed) or "default"
+
+
+class TuneJob(kernels.KernelJob):
+    """A function in a loop, with a configuration."""
+
+    @property
+    def label(self) -> str:
+        """With the tiling."""
+        return labels([self.what, self.implementation, self.fields["tiling"]])
+
+    def build(self) -> Program:
+        """The whole function, and of attention its kernel alone."""
+        from benchmarks.peers import jax_kernels
+
+        given = str(self.implementation), self.what, self.fields["config"]
+        whole, kernel = jax_kernels.tuned(*given)
+        runs = self.options.runs
+
+        def measure() -> Record:
+            alone = kernel.measure_queued(runs, kernel.runs) if kernel else {}
+            names = "median_ms", "q1_ms", "q3_ms"
+            own = {f"kernel_{name}": alone[name] for name in names if alone}
+            return whole.measure_queued(runs, whole.runs) | own
+
+        return Program(whole.output, measure, whole.notes)

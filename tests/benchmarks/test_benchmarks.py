@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy_case import Toy, ToyCpu, toy
 
 from benchmarks import records
-from benchmarks.run import pool
-from benchmarks.run.pool import Job
+from benchmarks.run.pool import Pool
 from benchmarks.run.timing import Spread
 from benchmarks.suites import cpu
 
@@ -115,23 +115,15 @@ def test_interrupted_cpu_keeps_results_and_names_missing_peers(tmp_path: Path) -
 
 
 def test_dense_that_differs_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    def case(name: str, scale: float, bound: float | None = cpu.MAX_DENSE_ERROR) -> Job:
-        return Job(
-            label=name,
-            module="toy_case",
-            arguments={"scale": scale},
-            environment=dict(os.environ),
-            known={"suite": "cpu", "name": name, "median_ms": None},
-            name=name,
-            reference=None if name == "torch" else "torch",
-            max_error=bound,
-            errors=cpu.errors,
-        )
+    def case(name: str, scale: float, bound: float | None = cpu.MAX_DENSE_ERROR) -> Toy:
+        reference = None if name == "torch" else "torch"
+        return toy(name, scale, reference=reference, max_error=bound, kind=ToyCpu)
 
     written: list[dict[str, Any]] = []
     jobs = [case("torch", 1), case("near", 1.0001), case("far", 1.001), case("nan", np.nan, None)]
     jobs.append(case("sparse", 2, None))
-    outcome = pool.run(jobs, cpu.Options(runs=2, commit="abc"), written.append)
+    with Pool() as pool:
+        outcome = pool.run(jobs, cpu.Options(runs=2, commit="abc"), written.append)
     assert outcome.exit_code == 1
     found = {record["name"]: record for record in written}
     assert found["near"]["times_ms"] == [1.0001, 1.0001] and found["near"]["runs"] == 2

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 from flax import nnx
 from test_benchmarks import KEYS, start
+from toy_case import toy
 from typer.testing import CliRunner
 
 from benchmarks import on_gpus, records
@@ -23,11 +22,11 @@ from benchmarks.__main__ import app
 from benchmarks.cases import shapes
 from benchmarks.cases.kernel_cases import Case
 from benchmarks.peers import PEERS, jax_models, torch_kernels, torch_models
-from benchmarks.report import growth
-from benchmarks.run import machine, pool
+from benchmarks.report import data
+from benchmarks.run import machine
+from benchmarks.run.jobs import NotRunError, relative_error
 from benchmarks.run.options import SuiteOptions
-from benchmarks.run.pool import Job, relative_error
-from benchmarks.run.process import NotRunError
+from benchmarks.run.pool import Pool
 from benchmarks.suites import encoder, end_to_end, kernels, scaling
 from sparsesam_jax import Sam, SamPredictor, Sparsity
 from sparsesam_jax.config import PRESETS
@@ -138,8 +137,8 @@ def test_torch_peer_refuses_what_it_does_not_know() -> None:
 
 def test_torch_peer_compiles_as_one_graph() -> None:
     config = shapes.model_config("quick")
-    device = torch.device("cpu")
-    model = torch_models.load_encoder(config, "flex", Sparsity(0.3), device, torch.float32)
+    device = torch_models.Torch("flex", "float32")
+    model = torch_models.load_encoder(config, "flex", Sparsity(0.3), device)
     pixels = torch.from_numpy(shapes.random_pixels(config, 1)).permute(0, 3, 1, 2)
     with torch.inference_mode():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -170,22 +169,10 @@ def test_transformers_runs_dense_only_and_compiled_on_a_gpu_only() -> None:
     densities = (1.0, 0.5, 0.3)
     jobs = end_to_end.jobs(end_to_end.Options(densities=densities))
     for name in end_to_end.Options().implementations:
-        found = [job.known["density"] for job in jobs if job.known.get("implementation") == name]
+        found = [job.known["density"] for job in jobs if job.implementation == name]
         assert found == list(densities if PEERS[name].ours else densities[:1])
     with pytest.raises(NotRunError, match=r"torch\.compile is measured on a GPU"):
         torch_models.predictor("transformers-compile", "quick", "float32")
-
-
-def _toy(name: str, scale: float, **fields: Any) -> Job:
-    return Job(
-        label=name,
-        module="toy_case",
-        arguments={"scale": scale, **fields},
-        environment=dict(os.environ),
-        known={"suite": "toy", "implementation": name, "median_ms": None},
-        reference="one",
-        max_error=1e-2,
-    )
 
 
 def test_segment_anything_fast_gets_the_bias_of_every_axis(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,15 +193,16 @@ def test_segment_anything_fast_gets_the_bias_of_every_axis(monkeypatch: pytest.M
 def test_pool_checks_before_it_times(capsys: pytest.CaptureFixture[str]) -> None:
     written: list[dict[str, Any]] = []
     jobs = [
-        dataclasses.replace(_toy("one", 1, timed=False), name="one", reference=None),
-        _toy("right", 1.001),
-        _toy("wrong", 1.1),
-        _toy("raises", 0),
-        _toy("dies", -1),
-        _toy("absent", -2),
-        dataclasses.replace(_toy("unknown", 1), reference="two"),
+        toy("one", 1, timed=False, reference=None),
+        toy("right", 1.001),
+        toy("wrong", 1.1),
+        toy("raises", 0),
+        toy("dies", -1),
+        toy("absent", -2),
+        toy("unknown", 1, reference="two"),
     ]
-    outcome = pool.run(jobs, SuiteOptions(width=3, limit=100, commit="abc"), written.append)
+    with Pool() as pool:
+        outcome = pool.run(jobs, SuiteOptions(width=3, limit=100, commit="abc"), written.append)
     assert outcome.exit_code == 1
     by_name = {r["implementation"]: r for r in written}
     assert by_name["right"]["median_ms"] == 1.001
@@ -230,24 +218,17 @@ def test_pool_checks_before_it_times(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_kept_processes_are_used_again_unless_their_case_failed() -> None:
-    children = pool.Children(keep=True)
-    environment = dict(os.environ)
-    child = children.take(environment)
-    child.start(_toy("one", 1))
-    assert child.receive(time.monotonic() + 60)["timed"]
-    children.give_back(child)
-    assert children.take(environment) is child
-    child.start(_toy("raises", 0))
-    assert child.receive(time.monotonic() + 60)["failed"]
-    children.give_back(child)
-    other = children.take(environment)
-    assert other is not child
-    children.give_back(other)
-    children.close()
+    jobs = [toy("one", 1, reference=None), toy("two", 1), toy("raises", 0), toy("three", 1)]
+    with Pool(keep=True) as pool:
+        outcome = pool.run(jobs, SuiteOptions(width=1), lambda record: None)
+    one, two, failed, three = outcome.results
+    assert one["process"] == two["process"] != three["process"] and failed["not_run"]
 
 
 def test_pool_stops_at_its_limit() -> None:
-    outcome = pool.run([_toy("slow", 1, seconds=60)], SuiteOptions(limit=0.5), lambda r: None)
+    with Pool() as pool:
+        jobs = [toy("slow", 1, sleeps=60)]
+        outcome = pool.run(jobs, SuiteOptions(limit=0.5), lambda record: None)
     assert outcome.exit_code == 1
     assert outcome.results[0]["not_run"] == "its time was up"
 
@@ -289,8 +270,8 @@ def test_every_case_of_the_full_suites_can_be_named() -> None:
 
 
 def test_growth() -> None:
-    assert growth.exponent([(1, 3), (2, 12), (4, 48)]) == pytest.approx(2)
-    assert growth.exponent([(2, 3)]) is None
+    assert data.exponent([(1, 3), (2, 12), (4, 48)]) == pytest.approx(2)
+    assert data.exponent([(2, 3)]) is None
     series = [
         {
             "suite": "scaling",
@@ -307,7 +288,7 @@ def test_growth() -> None:
         }
         for batch in (4, 1, 2)
     ]
-    (fit,) = growth.fits(series)
+    (fit,) = data.fits(series)
     assert fit["points"] == "1, 2, 4"
     assert fit["time"] == pytest.approx(1)
     assert fit["expected_time"] == pytest.approx(1)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from benchmarks import records
 from benchmarks.__main__ import app
 from benchmarks.cases import shapes
-from benchmarks.suites.quality import candidates, changes, measure, variants
+from benchmarks.suites.quality import Options, changes, measure, variants
 from benchmarks.suites.quality.variants import DENSE, Variant
 from sparsesam_jax import Sam, SamPredictor, Sparsity
 from sparsesam_jax.checkpoints import native
@@ -98,7 +98,7 @@ def test_quality_compares_variants_with_dense(photos: list[str], tmp_path: Path)
         (["--preset", "best"], "preset must be one of default, sobel-keys, released"),
         (["--density", "1.5"], "density must lie in (0, 1], got 1.5"),
         (["--batch", "0"], "batch must be positive, got 0"),
-        (["--dtype", "int8"], "dtype must be one of float32, float16, bfloat16; got 'int8'"),
+        (["--dtype", "int8"], "dtype must be one of float32, bfloat16, float16; got 'int8'"),
         (["--weights", "absent"], "weights must be the name of embedded ones"),
         (["--masks", "absent"], "masks must be a folder, got 'absent'"),
     ],
@@ -123,8 +123,8 @@ def test_quality_stops_at_a_broken_photo(photos: list[str], tmp_path: Path) -> N
 
 
 def test_presets_follow_their_names() -> None:
-    found = {v.name: v.sparsity for v in candidates.presets(list(candidates.PRESETS), [0.3])}
-    assert len(found) == len(candidates.PRESETS)
+    found = {v.name: v.sparsity for v in variants.presets(list(variants.PRESETS), [0.3])}
+    assert len(found) == len(variants.PRESETS)
     assert found["released@0.3"] == Sparsity.released(0.3)
     assert found["default@0.3"] == Sparsity(0.3)
     attention_only = found["attention-only@0.3"]
@@ -241,7 +241,7 @@ def test_an_interrupt_keeps_what_is_done(photos: list[str], capsys: Any) -> None
 
     with ThreadPoolExecutor(1) as pool:
         folders = {name: Path(options[f"--{name}"]) for name in ("images", "masks")}
-        given = measure.Options(**folders, weights=options["--weights"], batch=2)
+        given = Options(**folders, weights=options["--weights"], batch=2)
         bench = measure.Bench("quality", given, pool)
         bench.compare(interrupted(bench.sam), found.append, Console())
     assert [r["kind"] for r in found] == ["per_photo", "summary"] and bench.found == found
@@ -258,7 +258,7 @@ def test_halves_share_no_photo() -> None:
 
 def test_candidates_compute_what_the_released_preset_does(tmp_path: Path) -> None:
     config = shapes.model_config("vit_t").image_encoder
-    found = candidates.candidates(config, [0.3])
+    found = variants.candidates(config, [0.3])
     for variant in found:
         density = float(variant.name.rsplit("@", 1)[1])
         budget = encoder_work(config, Sparsity.released(density)).total / 1e9

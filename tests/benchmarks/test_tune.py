@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typer.testing import CliRunner
 from benchmarks.__main__ import app
 from benchmarks.cases.kernel_cases import OPS, PARTS, Case
 from benchmarks.peers import jax_kernels
-from benchmarks.run.pool import relative_error
+from benchmarks.run.jobs import relative_error
 from benchmarks.suites import kernels, tune
 from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
 
@@ -35,7 +33,9 @@ def small(op: str, density: float, **fields: Any) -> Case:
 def test_checks_against_float32(op: str, density: float) -> None:
     case = small(op, density, order="groups" if op == "stripe" and density < 1 else None)
     want = jax_kernels.reference_output(case)
-    program = kernels.build(dataclasses.asdict(case), "xla", runs=1)
+    fields = kernels.timed(case)["fields"] | {"config": None, "tiling": None}
+    own: dict[str, Any] = dict(suite="tune", what=case, options=tune.Options(runs=1))
+    program = tune.TuneJob(implementation="xla", fields=fields, **own).build()
     assert program.output is not None and program.measure is not None
     assert relative_error(program.output, want) < kernels.MAX_ERROR["bfloat16"]
     assert program.measure()["median_ms"] > 0
@@ -82,13 +82,12 @@ def lowered(case: Case, config: dict[str, Any] | None) -> str:
     found: list[Any] = []
 
     def operands(arrays: Any) -> Any:
-        statics, operands = jax_kernels.prepare(case, static, arrays, config)
-        found.append(statics)
+        launch, operands = jax_kernels.prepare(case, static | arrays, config)
+        found.append(launch)
         return operands
 
     shapes = jax.eval_shape(operands, arrays)
-    launch = functools.partial(jax_kernels.MODULES[case.op][0].launch, found[0])
-    alone = jax.jit(launch).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    alone = jax.jit(found[0]).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
     return text if "mosaic_gpu" in alone else "no kernel alone"
 
 
