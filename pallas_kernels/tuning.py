@@ -1,6 +1,7 @@
 """Which tilings the kernels take, by device and shape; each says what was measured.
 
-Only the NVIDIA H200 has been measured (jax 0.11.2, bfloat16); other devices take its entry.
+Only the NVIDIA H200 has been measured (jax 0.11.2, bfloat16); other devices take its entry. The
+tilings of 8-bit products are those of a prototype, which ran on an NVIDIA H100.
 Of several tilings the first that fits in registers and shared memory is taken.
 """
 
@@ -17,7 +18,7 @@ from pallas_kernels import float8, matmul_kernel, stripe_schedule, window_kernel
 
 ROW_MULTIPLE = 256  # rows of a product's operand are padded to this: every tile's rows divide it
 
-Matmuls = dict[float, tuple[matmul_kernel.Config, ...]]  # up to which number of rows
+Matmuls = dict[float, tuple[matmul_kernel.Config, ...]]  # up to which number of rows, or depth
 
 
 class Tuning(NamedTuple):
@@ -29,8 +30,7 @@ class Tuning(NamedTuple):
         windows: Window attention.
         to_output: Products with bias, or with bias and GELU, by their rows.
         to_residual: Products with bias, residual and perhaps scatter, by their rows.
-        float8_to_output: Those of 8-bit operands.
-        float8_to_residual: Likewise.
+        float8: All products of 8-bit operands, by their depth.
     """
 
     tiles: tuple[stripe_schedule.Config, ...]
@@ -38,8 +38,7 @@ class Tuning(NamedTuple):
     windows: tuple[window_kernel.Config, ...]
     to_output: Matmuls
     to_residual: Matmuls
-    float8_to_output: Matmuls
-    float8_to_residual: Matmuls
+    float8: Matmuls
 
 
 _PINGPONG = matmul_kernel.Config(cluster=2)
@@ -96,8 +95,11 @@ H200 = Tuning(
         ),
         math.inf: (_SHARED, *_ANY),  # 676, ping-pong 636
     },
-    float8_to_output={math.inf: (_WIDE8, *_ANY8)},
-    float8_to_residual={math.inf: (_SHARED8, *_ANY8)},
+    # The prototype (bfloat16 out, no scales) at d = 1024 and 32768 rows on an H100, TFLOP/s.
+    float8={
+        2048: (_WIDE8, *_ANY8),  # qkv 1185, proj 1066, lin1 with GELU 994
+        math.inf: (_SHARED8, *_ANY8),  # lin2 1368
+    },
 )
 BY_DEVICE = {"NVIDIA H200": H200}
 
@@ -111,9 +113,11 @@ def fitting_matmul(
     epilogue: matmul_kernel.Epilogue, m: int, n: int, k: int, dtype: DTypeLike = jnp.bfloat16
 ) -> matmul_kernel.Config | None:
     """The first tiling that fits a product of [m, k] and [k, n] with this epilogue."""
-    ends = "to_residual" if epilogue == "add" else "to_output"
-    table = getattr(tuned(), f"float8_{ends}" if jnp.dtype(dtype) == float8.DTYPE else ends)
-    configs = next(configs for rows, configs in table.items() if m <= rows)
+    if jnp.dtype(dtype) == float8.DTYPE:
+        table, size = tuned().float8, k
+    else:
+        table, size = (tuned().to_residual if epilogue == "add" else tuned().to_output), m
+    configs = next(configs for most, configs in table.items() if size <= most)
     return next((config for config in configs if config.fits(m, n, k, dtype)), None)
 
 

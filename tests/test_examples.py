@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from models import random_weights
 from PIL import Image
+from tuning_cases import write_discs
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
@@ -39,7 +40,7 @@ def run(script: str, folder: Path, *arguments: str | Path) -> Any:
 
 def test_every_script_is_listed_and_tested():
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    assert SCRIPTS == ["compare.py", "features.py", "jit_vmap_export.py"]
+    assert SCRIPTS == ["compare.py", "features.py", "jit_vmap_export.py", "tune_decoder.py"]
     for name in SCRIPTS:
         assert f"[{name}]({name})" in listed
 
@@ -75,3 +76,12 @@ def test_jit_vmap_export(folder: Path, tmp_path: Path):
     assert (masks["vmap"][1] == masks["jit"]).mean() > 0.999
     assert (masks["export"] == masks["jit"][:3]).mean() > 0.999
     assert out.stat().st_size > 0
+
+
+def test_tune_decoder(folder: Path, tmp_path: Path):
+    write_discs(tmp_path, 6)
+    counts = ("--count", "4", "--held-out", "2", "--steps", "60", "--out", str(tmp_path / "run"))
+    arguments = (tmp_path / "images", tmp_path / "masks", *counts)
+    before, after = run("tune_decoder.py", folder, *arguments)
+    assert after > before
+    assert (tmp_path / "run" / "model.safetensors").stat().st_size > 0

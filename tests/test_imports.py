@@ -16,8 +16,10 @@ LAYERS = [
     {"sparsesam_jax.model"},
     {"sparsesam_jax.checkpoints"},
     {"sparsesam_jax.predict"},
+    {"sparsesam_jax.datasets"},
     {"sparsesam_jax.segment_anything", "sparsesam_jax.methods"},
     {"sparsesam_jax.evaluation"},
+    {"sparsesam_jax.tuning"},
     {"sparsesam_jax.cli"},
     {"sparsesam_jax", "sparsesam_jax.__main__"},  # the package hands out names of all its rooms
     {"convert"},

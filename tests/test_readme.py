@@ -18,6 +18,7 @@ from test_cli import CONFIG, write_tiny
 from sparsesam_jax import PRESETS, Sparsity
 from sparsesam_jax.checkpoints import convert_checkpoint, pretrained
 from sparsesam_jax.cli.app import main
+from sparsesam_jax.datasets import jobs
 from sparsesam_jax.sparsity.work import encoder_work
 
 ROOT = Path(__file__).parents[1]
@@ -72,9 +73,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     embedded = tmp_path / "embedded.safetensors"
     write_tiny(embedded)
     locate = pretrained.locate
-    monkeypatch.setattr(
-        pretrained, "locate", lambda name: embedded if name == "vit_t" else locate(name)
-    )
+    for module in (pretrained, jobs):
+        monkeypatch.setattr(
+            module, "locate", lambda name: embedded if name == "vit_t" else locate(name)
+        )
+    Path("boxes.csv").write_text("image,x0,y0,x1,y1\none.png,20,10,70,55\n")
     save_meta(tmp_path / "sam_vit_b_01ec64.pth", finite=True)
     hq = type(TINY)(**{**vars(TINY), "hq": True})
     save_meta(tmp_path / "sam_hq_vit_b.pth", hq, finite=True)
@@ -98,6 +101,8 @@ def test_readme_is_short():
 def test_python_blocks(document: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
     if document.name == "photos.md":  # Meta's registry checks that weights are of the model named
         monkeypatch.setitem(PRESETS, "vit_t", CONFIG)
+    if document.name == "datasets.md":
+        assert main(["embed", "photos", "--out", "store", "--workers", "0"]) == 0
     names: dict[str, Any] = {}
     for language, block in blocks(document):
         if language == "python":
@@ -111,8 +116,10 @@ def test_python_blocks(document: Path, folder: Path, monkeypatch: pytest.MonkeyP
 WRITTEN = {
     "README.md": ["overlay.png", "mask.png", "layout.png", "tuned.pth", "tuned"],
     "index.md": ["overlay.png"],
+    "tuning.md": ["tuning/model.safetensors", "tuning/losses.png"],
     "photos.md": ["overlay.png", "mask.png"],
     "conversion.md": ["vit_b.safetensors", "from_hf.safetensors", "tuned.pth", "tuned"],
+    "datasets.md": ["store/features/c/0/0/0/0", "results.json"],
     "evaluation.md": ["evaluation/summary.json", "evaluation/quality.png", "calibrated.json"],
 }
 

@@ -47,6 +47,18 @@ _META, _SAM_MODEL = "Meta's modules", "SamModel of transformers"
 PEERS = {
     "mosaic_gpu": Peer("sparsesam_jax", "this project, Mosaic GPU kernels", _ALL, _ALL),
     "xla": Peer("sparsesam_jax", "this project, XLA", _ALL, _ALL),
+    "float8": Peer(
+        "sparsesam_jax",
+        "this project, Mosaic GPU kernels, the blocks' products in float8",
+        dense="encoder",
+        sparse="encoder",
+    ),
+    "float8-xla": Peer(
+        "sparsesam_jax",
+        "this project, XLA, the blocks' products in float8",
+        dense="encoder",
+        sparse="encoder",
+    ),
     "eager": Peer(
         "torch",
         f"{_META}, all logits in memory, nothing compiled",

@@ -23,6 +23,7 @@ from benchmarks.run.timing import Runnable
 from pallas_kernels.implementation import device_problem
 from sparsesam_jax import Sam, SamPredictor, Sparsity
 from sparsesam_jax.config import SamConfig
+from sparsesam_jax.model.float8_scales import filled, set_bounds
 from sparsesam_jax.model.sam import ImageEmbedding, scale_points
 
 
@@ -42,9 +43,7 @@ def encoder(
     unless `own_tables`. The notes have `trace_s`, `lower_s` (tracing included), `xla_s` (XLA's
     compiler alone) and `compile_s` (all of it).
     """
-    needs_gpu(implementation)
-    config = shapes.model_config(model)
-    options: Any = {"dtype": dtype, "param_dtype": dtype, "implementation": implementation}
+    options, config = model_options(implementation, dtype), shapes.model_config(model)
     abstract = Sam.abstract(config, sparsity=sparsity, **options).image_encoder
     graphdef, state = nnx.split(abstract)
     leaves, tree = jax.tree.flatten(state)
@@ -114,10 +113,8 @@ def runnable(
 
 def predictor(implementation: str, model: str, dtype: str, density: float = 1.0) -> Predictor:
     """`SamPredictor` as users call it, and its parts."""
-    needs_gpu(implementation)
-    config = shapes.model_config(model)
+    options, config = model_options(implementation, dtype), shapes.model_config(model)
     sparsity = None if density == 1 else Sparsity(density)
-    options: Any = dict(dtype=dtype, param_dtype=dtype, implementation=implementation)
     abstract = Sam.abstract(config, sparsity=sparsity, **options)
     own = SamPredictor(nnx.merge(*random_state(abstract, config, dtype)))
     size, side = shapes.photo_size(config), own.image_size
@@ -158,6 +155,19 @@ def predictor(implementation: str, model: str, dtype: str, density: float = 1.0)
     return Predictor(whole, parts, notes, lambda: None, peak_memory)
 
 
+def model_options(peer: str, dtype: str) -> dict[str, Any]:
+    """What a peer of this project is as options of `Sam`.
+
+    Raises:
+        NotRunError: The kernels cannot run.
+    """
+    own = {"float8": ("mosaic_gpu", "float8"), "float8-xla": ("xla", "float8")}
+    implementation, products = own.get(peer, (peer, "dtype"))
+    needs_gpu(implementation)
+    shared = {"dtype": dtype, "param_dtype": dtype}
+    return shared | {"implementation": implementation, "products": products}
+
+
 def needs_gpu(implementation: str) -> None:
     """Raise NotRunError where the kernels cannot run."""
     problem = device_problem() if implementation == "mosaic_gpu" else None
@@ -169,14 +179,11 @@ def random_state(
     module: nnx.Module, config: SamConfig, dtype: str, prefix: str = ""
 ) -> tuple[Any, nnx.State]:
     """An abstract module's graph, and a state of `shapes.random_weights`."""
-    graphdef, state = nnx.split(module)
     random = shapes.random_weights(config)
-    lead = [prefix] if prefix else []
-    leaves = [
-        (key, leaf.replace(jnp.asarray(random[".".join([*lead, *map(str, key)])], dtype)))
-        for key, leaf in nnx.to_flat_state(state)
-    ]
-    return graphdef, nnx.from_flat_state(leaves)
+    lead = f"{prefix}." if prefix else ""
+    model: Any = filled(module, lambda name, dtype: jnp.asarray(random[lead + name], dtype))
+    set_bounds(getattr(model, "image_encoder", model).blocks)
+    return nnx.split(model)
 
 
 def on_gpu() -> bool:

@@ -33,7 +33,10 @@ KEYS = ("model", "density", "implementation", "prompts")
 class Options(SuiteOptions):
     """What to measure: every combination; peers run dense only."""
 
-    quick_fields: ClassVar = {"densities": (1.0,), "implementations": (*peers.OURS, "transformers")}
+    quick_fields: ClassVar = {
+        "densities": (1.0,),
+        "implementations": ("mosaic_gpu", "xla", "transformers"),
+    }
     implementation_names = peers.names("predictor")
 
     models: Models = ("vit_l",)

@@ -13,17 +13,23 @@ unfinished: set[Path] = set()
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, mark: str | None = None) -> Iterator[Path]:
     """A temporary path that takes its name once the body has written it whole.
 
     It lies beside `path`; beside the target, which is then replaced, where `path` is a symbolic
     link. When the body raises, the temporary file goes and what was at `path` stays as it was.
 
+    Args:
+        path: The file.
+        mark: What tells the temporary file from others' of the same file; None is the process's
+            number. Who never writes a file twice at once may say another: then what a killed
+            process left behind is overwritten by the next.
+
     Raises:
         OSError: The file cannot be written; the message names `path`.
     """
     target = Path(os.path.realpath(path))
-    temporary = _temporary(target)
+    temporary = _temporary(target, mark)
     unfinished.add(temporary)
     try:
         yield temporary
@@ -73,8 +79,8 @@ def check_folder(path: str | os.PathLike[str], name: str = "out") -> None:
     _try(_temporary(folder / "file"), message)
 
 
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.partial")
+def _temporary(target: Path, mark: str | None = None) -> Path:
+    return target.with_name(f".{target.name}.{mark or os.getpid()}.partial")
 
 
 def _try(path: Path, message: str) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pallas_kernels.float8 import quantize_weight
 from pallas_kernels.implementation import Implementation
 from sparsesam_jax.checkpoints import native
 from sparsesam_jax.checkpoints.conversion import cast, write_checkpoint
@@ -22,8 +21,7 @@ from sparsesam_jax.checkpoints.sources import locate
 from sparsesam_jax.choices import Dtype, Format, Products
 from sparsesam_jax.config import SamConfig, Sparsity
 from sparsesam_jax.model.compiled import CompiledSam
-from sparsesam_jax.model.float8 import Float8Kernel, Float8Scale
-from sparsesam_jax.model.float8_scales import has_float8, set_bounds
+from sparsesam_jax.model.float8_scales import filled, has_float8, set_bounds
 from sparsesam_jax.model.sam import Model, SamModel
 
 
@@ -179,26 +177,21 @@ def _open(name_or_path: str | os.PathLike[str], config: SamConfig | None) -> Che
 
 def _filled(abstract: Model, checkpoint: Checkpoint, *, check_finite: bool) -> Model:
     """A model of shapes with a checkpoint's values for them."""
-    graphdef, state = nnx.split(abstract)
-    loaded, not_finite = [], []
-    for key, leaf in nnx.to_flat_state(state):
-        name = _name(key)
-        if isinstance(leaf, Float8Scale):  # derived from the others when all are there
-            loaded.append((key, leaf.replace(jnp.ones((), jnp.float32))))
-            continue
-        array, is_float8 = checkpoint.load(name), isinstance(leaf, Float8Kernel)
-        array = cast(array, "float32" if is_float8 else leaf.dtype.name, name)
+    not_finite = []
+
+    def load(name: str, dtype: str) -> np.ndarray:
+        array = cast(checkpoint.load(name), dtype, name)
         if check_finite and not np.isfinite(array).all():
             not_finite.append(name)
-        # A copy: what a checkpoint loads may be a view of its file.
-        value = quantize_weight(jnp.asarray(array)) if is_float8 else jnp.array(array)
-        loaded.append((key, leaf.replace(value)))
+        return array
+
+    model = filled(abstract, load)
     if not_finite:
         raise ValueError(
             f"{checkpoint.path}: weights must be finite, got NaN or an infinity in "
             f"{few(not_finite)}; check_finite=False loads them as they are"
         )
-    return nnx.merge(graphdef, nnx.from_flat_state(loaded))
+    return model
 
 
 def _name(key: tuple[Any, ...]) -> str:

@@ -11,11 +11,13 @@ from sparsesam_jax.cli import (
     analysis,
     compilation_cache,
     convert,
+    dataset,
     demo,
     evaluate,
     everything,
     info,
     segment,
+    tune,
 )
 from sparsesam_jax.cli.options import Command
 
@@ -54,11 +56,15 @@ for _command in (
     demo.demo,
     segment.segment,
     everything.everything,
+    dataset.embed,
+    dataset.segment_dataset,
     info.info,
     convert.convert,
     evaluate.evaluate,
     evaluate.evaluate_coco,
     analysis.calibrate,
     analysis.figures,
+    tune.tune,
 ):
     app.command(cls=Command)(_command)
+app.add_typer(dataset.store, name="store")

@@ -17,6 +17,7 @@ from sparsesam_jax.cli.options import (
     ImplementationOption,
     MaxPixelsOption,
     PaddingOption,
+    ProductsOption,
     ValueRangeOption,
     WeightsOption,
     check_implementation,
@@ -85,6 +86,7 @@ def everything(
     ] = 0,
     implementation: ImplementationOption = "auto",
     dtype: DtypeOption = "float32",
+    products: ProductsOption = "dtype",
     padding: PaddingOption = "square",
     bits: BitsOption = None,
     value_range: ValueRangeOption = None,
@@ -136,7 +138,11 @@ def everything(
     from sparsesam_jax.predict.predictor import SamPredictor
 
     sam = Sam.from_pretrained(
-        weights, dtype=dtype, implementation=implementation, sparsity=sparsity
+        weights,
+        dtype=dtype,
+        implementation=implementation,
+        sparsity=sparsity,
+        products=products,
     )
     mode = "coco_rle" if convert_to_rle and not overlay else "binary_mask"
     generator = AutomaticMaskGenerator(

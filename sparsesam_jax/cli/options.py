@@ -13,7 +13,14 @@ from sparsesam_jax import methods
 from sparsesam_jax.choices import Dtype, Implementation, Padding, Products
 
 # Options that take any number of values, `--density 1 0.5`, as long as they are of that type.
-_LISTS = {"--density": float, "--label": int, "--method": str}
+_LISTS = {
+    "--density": float,
+    "--label": int,
+    "--method": str,
+    "--stage": str,
+    "--train": str,
+    "--weight": str,
+}
 # Options of several numbers, which may be repeated; for typer, which has none, they are one text.
 _NUMBERS = {"--point": "X Y", "--box": "X0 Y0 X1 Y1"}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import io
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from sparsesam_jax.checkpoints.atomic import atomic_path, check_folder
 from sparsesam_jax.checkpoints.pretrained import Sam
+from sparsesam_jax.datasets.loading import load_ahead
 from sparsesam_jax.evaluation.candidates import DENSE, Candidate
 from sparsesam_jax.evaluation.coco_masks import Detection, ImageMasks, MaskFile
 from sparsesam_jax.evaluation.runs import RunOptions, write_json
@@ -121,8 +123,11 @@ def run(options: Options, console: Console) -> Report:
     items = _items(options, truth)
     check_folder(options.out)
     sam = options.sam()
-    problems: dict[str, str] = {}
-    usable = [item for item in items if _is_usable(options, item, problems)]
+    found_problems = zip(
+        items, load_ahead(items, functools.partial(_problem, options)), strict=True
+    )
+    problems = {item.record["file_name"]: text for item, text in found_problems if text}
+    usable = [item for item in items if item.record["file_name"] not in problems]
     if not usable:
         raise ValueError(f"at least one of {len(items)} images must be usable: {problems}")
     own = {
@@ -165,8 +170,9 @@ def _measure(
     todo = [item for item in items if item.record["id"] not in file.found]
     predictor = SamPredictor(candidate.model(sam), padding=options.padding)
     compiled = True  # the first image compiles
-    for item in track(todo, f"{candidate.method} {candidate.density:g}", console=console):
-        image = options.reader.read(options.images / item.record["file_name"])
+    images = load_ahead(todo, functools.partial(_read, options))
+    name = f"{candidate.method} {candidate.density:g}"
+    for item, image in zip(track(todo, name, console=console), images, strict=True):
         start = time.perf_counter()
         results = segment(predictor, image, item.detections)
         seconds = time.perf_counter() - start
@@ -283,18 +289,18 @@ def _items(options: Options, truth: Any) -> list[Item]:
     return [Item(record, of_image.get(record["id"], [])) for record in records]
 
 
-def _is_usable(options: Options, item: Item, problems: dict[str, str]) -> bool:
-    """Whether the image can be read and has its annotated size; else the problem is noted."""
-    record = item.record
+def _read(options: Options, item: Item) -> np.ndarray:
+    return options.reader.read(options.images / item.record["file_name"])
+
+
+def _problem(options: Options, item: Item) -> str:
+    """Why the image cannot be read or has not its annotated size; empty if it is usable."""
     try:
-        size = options.reader.read(options.images / record["file_name"]).shape[:2]
+        size = _read(options, item).shape[:2]
     except ValueError as error:
-        problems[record["file_name"]] = str(error)
-        return False
-    expected = (record["height"], record["width"])
-    if size != expected:
-        problems[record["file_name"]] = f"must have its annotated size {expected}, got {size}"
-    return size == expected
+        return str(error)
+    expected = (item.record["height"], item.record["width"])
+    return "" if size == expected else f"must have its annotated size {expected}, got {size}"
 
 
 def _read_json(argument: str, path: Path) -> Any:

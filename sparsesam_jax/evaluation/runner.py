@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from sparsesam_jax.choices import Dtype, PromptKind, ProtocolName, check_choice
 from sparsesam_jax.config import Grid
+from sparsesam_jax.datasets.loading import load_ahead
 from sparsesam_jax.evaluation import summary as summaries
 from sparsesam_jax.evaluation.candidates import DENSE, Candidate
 from sparsesam_jax.evaluation.datasets import Pair, Photo, read_photo
@@ -18,9 +19,8 @@ from sparsesam_jax.evaluation.protocols import Protocol, make_protocol
 from sparsesam_jax.evaluation.rows import Row, RowFile
 from sparsesam_jax.evaluation.runs import RunOptions
 from sparsesam_jax.evaluation.summary import Summary
+from sparsesam_jax.predict.image_files import PhotoReader
 from sparsesam_jax.predict.predictor import SamPredictor
-
-_READERS = 4  # threads that decode the photos of a batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,29 +92,21 @@ class Evaluation:
         size = self.options.batch
         # Photos of one grid wait for each other, so that there is one batch size to compile for.
         waiting: dict[Grid, list[Photo]] = {}
-        for start in range(0, len(self.pairs), size):
-            pairs = self.pairs[start : start + size]
-            photos = self.read(pairs)
-            for candidate in self.predictors:
-                advance(candidate, len(pairs) - len(photos))
-            for photo in photos:
-                grid = self.predictors[DENSE].grid(self.protocol.query_size(photo))
-                waiting.setdefault(grid, []).append(photo)
-                if len(waiting[grid]) == size:
-                    self._measure(waiting.pop(grid), file, advance)
+        for photo in self._read_ahead(self.pairs):
+            if photo is None:
+                for candidate in self.predictors:
+                    advance(candidate, 1)
+                continue
+            grid = self.predictors[DENSE].grid(self.protocol.query_size(photo))
+            waiting.setdefault(grid, []).append(photo)
+            if len(waiting[grid]) == size:
+                self._measure(waiting.pop(grid), file, advance)
         for photos in waiting.values():
             self._measure(photos, file, advance)
 
     def read(self, pairs: Sequence[Pair]) -> list[Photo]:
         """The photos of pairs without a problem; problems are noted."""
-        photos = []
-        with ThreadPoolExecutor(_READERS) as pool:
-            for pair, result in zip(pairs, pool.map(self._read, pairs), strict=True):
-                if isinstance(result, Photo):
-                    photos.append(result)
-                else:
-                    self.problems[pair.name] = result
-        return photos
+        return [photo for photo in self._read_ahead(pairs) if photo is not None]
 
     def predict(self, candidate: Candidate, photos: Sequence[Photo]) -> Predictions:
         """Masks and features of at most a batch of photos."""
@@ -155,11 +147,13 @@ class Evaluation:
         ]
         return Report(found, dict(self.problems))
 
-    def _read(self, pair: Pair) -> Photo | str:
-        try:
-            return read_photo(pair, self.options.reader)
-        except ValueError as error:
-            return str(error)
+    def _read_ahead(self, pairs: Sequence[Pair]) -> Iterator[Photo | None]:
+        """Photos, the next ones read meanwhile; None where there is a problem, which is noted."""
+        read = functools.partial(_photo_or_problem, reader=self.options.reader)
+        for pair, result in zip(pairs, load_ahead(pairs, read), strict=True):
+            if isinstance(result, str):
+                self.problems[pair.name] = result
+            yield result if isinstance(result, Photo) else None
 
     def _measure(
         self, photos: Sequence[Photo], file: RowFile, advance: Callable[[Candidate, int], None]
@@ -199,3 +193,10 @@ class Evaluation:
                 seconds=new.seconds / min(self.options.batch, len(self.pairs)),
                 compiled=compiled,
             )
+
+
+def _photo_or_problem(pair: Pair, reader: PhotoReader) -> Photo | str:
+    try:
+        return read_photo(pair, reader)
+    except ValueError as error:
+        return str(error)

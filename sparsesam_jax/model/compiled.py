@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from sparsesam_jax.choices import Padding
@@ -59,6 +60,7 @@ class CompiledSam:
             self._encoder = Program.of(_without(sam, "prompt_encoder", "mask_decoder"))
             self._whole = Program.of(sam)
         self._tables: dict[tuple[Grid, Grid | None], tuple[AttentionTables, ...]] = {}
+        self._mesh: Mesh | None = None
 
     @property
     def has_encoder(self) -> bool:
@@ -76,6 +78,19 @@ class CompiledSam:
         decoder.__dict__.update(self.__dict__, _encoder=None, _whole=None, _tables={})
         return decoder
 
+    def on_devices(self, devices: Sequence[Any]) -> CompiledSam:
+        """The same, whose `encode_padded` splits a batch over devices: as many images on each.
+
+        Every device computes what a single one would of its images alone, the kernels included.
+        """
+        other = object.__new__(CompiledSam)
+        mesh = Mesh(np.array(devices), ("batch",))
+        program = self._require_encoder()
+        leaves = jax.device_put(program.leaves, NamedSharding(mesh, PartitionSpec()))
+        encoder = program._replace(leaves=leaves)
+        other.__dict__.update(self.__dict__, _encoder=encoder, _tables={}, _mesh=mesh)
+        return other
+
     def encode(
         self, pixels: Float[Array | np.ndarray, "B height width 3"], frame: Grid | None = None
     ) -> ImageEmbedding:
@@ -85,14 +100,15 @@ class CompiledSam:
 
     def encode_padded(
         self,
-        padded: Sequence[Num[Array | np.ndarray, "height width 3"]],
+        padded: Sequence[Num[Array | np.ndarray, "height width 3"]]
+        | Num[np.ndarray, "B height width 3"],
         sizes: Int[np.ndarray, "B 2"],
         crop: tuple[int, int] | None = None,
     ) -> ImageEmbedding:
         """The same for images of 0 to 255, padded but not normalised; sizes without padding.
 
         Args:
-            padded: The images.
+            padded: The images, or one array of them.
             sizes: Height and width of each without its padding.
             crop: Height and width of what is encoded of the padded images, whose frame it keeps;
                 None is all.
@@ -101,7 +117,12 @@ class CompiledSam:
         frame = None if crop is None else self._grid(whole)
         tables = self._tables_of(crop or whole, frame)
         statics = (program.graph, frame, crop)
-        return _encode_padded(*statics, program.leaves, tables, list(padded), sizes)
+        if self._mesh is None:
+            images = padded if isinstance(padded, np.ndarray) else list(padded)
+            return _encode_padded(*statics, program.leaves, tables, images, sizes)
+        batch = NamedSharding(self._mesh, PartitionSpec("batch"))
+        images, sizes = jax.device_put((np.asarray(padded), sizes), batch)
+        return _encode_split(self._mesh, *statics, program.leaves, tables, images, sizes)
 
     def decode(
         self,
@@ -183,7 +204,13 @@ class CompiledSam:
         key = (self._grid(size), frame)
         if key not in self._tables:
             program = self._require_encoder()
-            self._tables[key] = _encoder_tables(program.graph, program.leaves, *key)
+            leaves, mesh = program.leaves, self._mesh
+            if mesh is not None:  # made on one device: kernels are not split by themselves
+                leaves = jax.device_put(leaves, mesh.devices[0])
+            tables = _encoder_tables(program.graph, leaves, *key)
+            if mesh is not None:
+                tables = jax.device_put(tables, NamedSharding(mesh, PartitionSpec()))
+            self._tables[key] = tables
         return self._tables[key]
 
 
@@ -221,13 +248,43 @@ def _encode_padded(
     crop: tuple[int, int] | None,
     leaves: list[Array],
     tables: tuple[AttentionTables, ...],
-    padded: list[Array],
+    padded: list[Array] | Array,
     sizes: Array,
 ) -> ImageEmbedding:
-    images = jnp.stack(padded)
+    images = jnp.stack(padded) if isinstance(padded, list) else padded
+    return _encode_images(graph, frame, crop, leaves, tables, images, sizes)
+
+
+def _encode_images(
+    graph: Graph,
+    frame: Grid | None,
+    crop: tuple[int, int] | None,
+    leaves: list[Array],
+    tables: tuple[AttentionTables, ...],
+    images: Array,
+    sizes: Array,
+) -> ImageEmbedding:
     if crop is not None:
         images = images[:, : crop[0], : crop[1]]
     return graph.merge(leaves).encode(normalise(images, sizes), tables, frame)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _encode_split(
+    mesh: Mesh,
+    graph: Graph,
+    frame: Grid | None,
+    crop: tuple[int, int] | None,
+    *arrays: Any,
+) -> ImageEmbedding:
+    whole, batch = PartitionSpec(), PartitionSpec("batch")
+    return jax.shard_map(
+        functools.partial(_encode_images, graph, frame, crop),
+        mesh=mesh,
+        in_specs=(whole, whole, batch, batch),
+        out_specs=batch,
+        check_vma=False,  # which the kernels do not say
+    )(*arrays)
 
 
 @functools.partial(

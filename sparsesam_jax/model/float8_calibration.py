@@ -23,10 +23,10 @@ def calibrate_float8(
     """Set a float8 model's static scales to what a handful of photos reach.
 
     The model works without it: its default scales come from bounds that hold for every photo, so
-    nothing saturates (`float8_scales`). What photos reach is two to eight times smaller. Scales
-    that are made for it keep small numbers from e4m3's subnormal end, which helps where a few
-    channels are far larger than the others; in return a photo that goes beyond `headroom` times
-    what these reach saturates there. No scale gets larger than its bound.
+    nothing saturates (`float8_scales`). What a photo reaches is smaller, 1.5 to 5.7 times for
+    `vit_t`. Scales that are made for it keep small numbers from e4m3's subnormal end, which helps
+    where a few channels are far larger than the others; in return a photo that goes beyond
+    `headroom` times what these reach saturates there. No scale gets larger than its bound.
 
     Args:
         sam: The model, changed in place; make predictors and `compiled()` anew.

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.reference import matmul_precision
 from sparsesam_jax.choices import Products, check_choice
 from sparsesam_jax.config import Grid, ImageEncoderConfig, Sparsity
 from sparsesam_jax.model.blocks import LAYER_NORM_EPSILON, AttentionTables, Block, run_block
 from sparsesam_jax.model.float8_scales import has_float8, quantise_blocks
-from sparsesam_jax.model.layers import FLOAT32, DTypes, conv, norm, zeros
+from sparsesam_jax.model.layers import FLOAT32, DTypes, conv, convolve_patches, norm, zeros
 from sparsesam_jax.sparsity.plan import Rankings, check_sparsity, encoder_plan
 
 
@@ -202,19 +200,7 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "B height width 3"]) -> Float[Array, "B Gh Gw d"]:
         """Project each patch."""
-        if type(self.proj) is not nnx.Conv or self.proj.bias is None:
-            return self.proj(pixels)  # a layer of the user's
-        # As a product: GPUs have no fast convolution of three channels.
-        patch, kernel = self.patch_size, self.proj.kernel[...].astype(pixels.dtype)
-        batch, height, width, channels = pixels.shape
-        patches = pixels.reshape(batch, height // patch, patch, width // patch, patch, channels)
-        patches = patches.swapaxes(2, 3).reshape(batch, height // patch, width // patch, -1)
-        out = jnp.matmul(
-            patches,
-            kernel.reshape(patches.shape[-1], -1),
-            precision=matmul_precision(pixels.dtype),
-        )
-        return out + self.proj.bias[...].astype(out.dtype)
+        return convolve_patches(self.proj, pixels)
 
 
 def check_frame(frame: Grid, grid: Grid) -> None:

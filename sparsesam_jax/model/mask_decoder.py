@@ -86,7 +86,7 @@ class MaskDecoder(nnx.Module):
         present: Bool[Array, "B P T"],
         dense: Float[Array, "B _ Gh Gw C"],
         *,
-        multimask_output: bool,
+        multimask_output: bool | None,
         early_features: Float[Array, "B Gh Gw d"] | None = None,
         hq_token_only: bool = False,
     ) -> tuple[Float[Array, "B P K 4*Gh 4*Gw"], Float[Array, "B P K"]]:
@@ -98,8 +98,9 @@ class MaskDecoder(nnx.Module):
             tokens: Embedded points and boxes.
             present: Which tokens are there; the others are masked out of every attention.
             dense: Embedded mask prompts; one for all prompts where they have no mask.
-            multimask_output: Whether to return the proposals instead of the single-mask output.
-                SAM-HQ returns one mask either way: it refines the best proposal, or the single.
+            multimask_output: Whether to return the proposals instead of the single-mask output;
+                None returns both, the single mask first. SAM-HQ returns one mask either way: it
+                refines the best proposal, or the single.
             early_features: Output of the first global block, which SAM-HQ's masks also use.
             hq_token_only: SAM-HQ: its own mask alone instead of the sum with SAM's.
 
@@ -126,7 +127,7 @@ class MaskDecoder(nnx.Module):
         weights = jnp.stack(
             [mlp(mask_tokens[:, i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], 1
         )
-        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        chosen = {None: slice(None), True: slice(1, None), False: slice(0, 1)}[multimask_output]
         masks = _products(weights[:, chosen], upscaled, self.dtypes.precision)
         masks = jax.vmap(lambda mask: _raster(mask[..., None], grid)[..., 0], 1, 1)(masks)
         iou = self.iou_prediction_head(queries[:, 0]).astype(jnp.float32)[:, chosen]

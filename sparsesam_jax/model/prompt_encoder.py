@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsesam_jax.config import SamConfig
 from sparsesam_jax.model import initial
-from sparsesam_jax.model.layers import DTypes, conv, embedding, gelu, norm
+from sparsesam_jax.model.layers import DTypes, conv, convolve_patches, embedding, gelu, norm
 
 # Labels of points. The first three are SAM's; corners are points too, as in SAM's ONNX export.
 PADDING = -10  # fills prompts up in transformers: a token of zeros, which is attended to
@@ -86,7 +86,7 @@ class PromptEncoder(nnx.Module):
         else:
             dense = mask_input.reshape(-1, *mask_input.shape[2:], 1).astype(self.dtypes.compute)
             for layer in self.mask_downscaling:
-                dense = layer(dense)
+                dense = convolve_patches(layer, dense)
             dense = dense.reshape(*mask_input.shape[:2], *dense.shape[1:])
         return tokens.astype(self.dtypes.compute), dense.astype(self.dtypes.compute)
 

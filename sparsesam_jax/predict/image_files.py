@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
+import io
 import math
 import os
 import struct
@@ -41,6 +42,7 @@ class PhotoReader:
         value_range: Instead, the values that become black and white; values beyond are clipped.
         max_pixels: Pixels of the largest photo; None is Pillow's limit, twice
             `PIL.Image.MAX_IMAGE_PIXELS`.
+        max_side: Longest side of a photo in pixels; None has no limit.
 
     Raises:
         ValueError: An option is not as said.
@@ -49,6 +51,7 @@ class PhotoReader:
     bits: int | None = None
     value_range: tuple[float, float] | None = None
     max_pixels: int | None = None
+    max_side: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits is not None and not 1 <= self.bits <= 32:
@@ -59,8 +62,10 @@ class PhotoReader:
                 raise ValueError(f"value_range must be LO HI with LO < HI, got {low:g} {high:g}")
             if self.bits is not None:
                 raise ValueError("bits or value_range may be given, got both")
-        if self.max_pixels is not None and self.max_pixels < 1:
-            raise ValueError(f"max_pixels must be positive, got {self.max_pixels}")
+        for name in ("max_pixels", "max_side"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be positive, got {limit}")
 
     def read(self, path: str | os.PathLike[str]) -> UInt8[np.ndarray, "height width 3"]:
         """Read a photo.
@@ -75,10 +80,30 @@ class PhotoReader:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"image must be a file, got {os.fspath(path)!r}, which is none")
+        return self._read(path, path)
+
+    def read_bytes(
+        self, data: bytes, name: str | os.PathLike[str]
+    ) -> UInt8[np.ndarray, "height width 3"]:
+        """Read a photo from what its file holds; `name` is what a message calls it.
+
+        Raises:
+            ValueError: As `read`.
+        """
+        return self._read(io.BytesIO(data), name)
+
+    def _read(
+        self, source: Path | io.BytesIO, path: str | os.PathLike[str]
+    ) -> UInt8[np.ndarray, "height width 3"]:
         try:
             # Pillow warns long before a photo is too large to work with, and raises beyond.
-            with warnings.catch_warnings(), self._opened(path) as file:
+            with warnings.catch_warnings(), self._opened(source) as file:
                 warnings.simplefilter("ignore")
+                if self.max_side is not None and max(file.size) > self.max_side:
+                    raise ValueError(
+                        f"image must have sides of at most max_side (--max-side) {self.max_side} "
+                        f"pixels, got {path} with {file.width} x {file.height}"
+                    )
                 return np.asarray(self._rgb(file))
         except Image.DecompressionBombError as error:
             text = str(error).split(",")[0]
@@ -87,13 +112,14 @@ class PhotoReader:
             ) from error
         except (OSError, SyntaxError, EOFError, struct.error) as error:
             # PIL raises SyntaxError and struct.error on some broken files.
-            what = " ".join(str(error).split()) or type(error).__name__
+            text = str(error).replace(f" {source!r}", "") if source is not path else str(error)
+            what = " ".join(text.split()) or type(error).__name__
             raise ValueError(
                 f"image must be a picture that Pillow reads: {path}: {what}"
             ) from error
 
     @contextlib.contextmanager
-    def _opened(self, path: Path) -> Iterator[Image.Image]:
+    def _opened(self, path: Path | io.BytesIO) -> Iterator[Image.Image]:
         if self.max_pixels is None:
             with Image.open(path) as file:
                 yield file
@@ -107,8 +133,8 @@ class PhotoReader:
         with opened as file:
             if file.width * file.height > self.max_pixels:
                 raise ValueError(
-                    f"image must have at most max_pixels ({self.max_pixels}) pixels, got {path} "
-                    f"with {file.width} x {file.height}"
+                    f"image must have at most max_pixels ({self.max_pixels}) pixels, got "
+                    f"{_name(file)} with {file.width} x {file.height}"
                 )
             yield file
 
@@ -183,7 +209,7 @@ def _span(values: np.ndarray) -> str:
 
 
 def _name(file: Image.Image) -> str:
-    return os.fspath(getattr(file, "filename", "a photo"))
+    return os.fspath(getattr(file, "filename", None) or "a photo")
 
 
 DEFAULT_READER = PhotoReader()

@@ -187,6 +187,14 @@ class SamPredictor:
         ]
         return [single for _, single in sorted(singles, key=lambda pair: pair[0])]
 
+    def set_embedding(self, embedding: Embedding) -> None:
+        """Set an embedding instead of an image, for instance `EmbeddingStore("store")[0]`.
+
+        Raises:
+            ValueError: Another decoder's model has made it.
+        """
+        self.embedding = embedding
+
     def set_image(
         self,
         image: UInt8[np.ndarray, "height width 3"],

@@ -1,4 +1,4 @@
-"""The kernels on 8-bit operands: interpreted and cross-lowered on a CPU, measured on a GPU."""
+"""The kernels on 8-bit operands, interpreted and cross-lowered on a CPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import stripe_cases
 import window_cases
-from float8_cases import TOLERANCE, check_quantized, error, float8_block
+from float8_cases import TOLERANCE, check_mlp, check_quantized, error, float8_block, run
 
 from pallas_kernels import (
     layer_norm,
     matmul_kernel,
-    mlp_reference,
     projection,
     routed_mlp,
     stripe_attention,
@@ -35,6 +34,7 @@ from pallas_kernels.float8 import (
 )
 from pallas_kernels.implementation import JAX_SUPPORTS_MOSAIC_GPU
 from pallas_kernels.matmul_kernel import Config
+from sparsesam_jax.config import PRESETS
 
 needs_mosaic = pytest.mark.skipif(
     not JAX_SUPPORTS_MOSAIC_GPU, reason="Mosaic GPU needs jax >= 0.11"
@@ -60,12 +60,6 @@ def operands(rows: int, d: int, n: int, *, static: bool) -> tuple:
     x = x.at[3].set(0).at[5, 7].set(1e3)
     values = quantize_static(x, SCALE) if static else quantize_rows(x)
     return values, quantize_weight(kernel * d**-0.5), bias, residual.astype("bfloat16")
-
-
-def run(module, *arrays, **options):
-    """A module's kernels on these arguments."""
-    statics, given = module.prepare(*arrays, **options)
-    return module.launch(statics, *given)
 
 
 @needs_mosaic
@@ -109,27 +103,10 @@ def test_interpreted_gelu_saturates_and_keeps_nan():
     check_quantized(Float8Rows(jnp.asarray(out[:, 2:]).astype(DTYPE), SCALE), hidden[:, 2:])
 
 
-def check_mlp(out, x, index, weights):
-    """Near the XLA path, beside which values may be rounded the other way; other rows untouched."""
-    index = jnp.tile(jnp.arange(x.shape[1]), (len(x), 1)) if index is None else index
-    routed = np.zeros(x.shape[:2], bool)
-    np.put_along_axis(routed, np.asarray(index), True, axis=1)
-    update = mlp_reference.mlp_update(x.astype(jnp.float32), weights, 1e-6)
-    got = np.asarray(out, np.float32) - np.asarray(x, np.float32)
-    assert error(got[routed], np.asarray(update)[routed]) < 0.02
-    np.testing.assert_array_equal(got[~routed], 0)
-
-
 @needs_mosaic
-@pytest.mark.parametrize("eight", ["both", "kernel1", "kernel2"])
-def test_interpreted_mlp(eight):
+def test_interpreted_mlp():
     x, index, weights = float8_block(d=64, h=128)
-    for name in {"kernel1", "kernel2"} - {"both": {"kernel1", "kernel2"}}.get(eight, {eight}):
-        weights = weights._replace(**{name: dequantize(getattr(weights, name), jnp.bfloat16)})
-    if eight == "kernel1":
-        weights = weights._replace(hidden_scale=None)
-    routed = functools.partial(run, routed_mlp, interpret=interpret())
-    check_mlp(routed(x, index, weights), x, index, weights)
+    check_mlp(run(routed_mlp, x, index, weights, interpret=interpret()), x, index, weights)
 
 
 def stripe_arguments(case: stripe_cases.Case) -> tuple:
@@ -155,11 +132,8 @@ def check_attention(function, out, arrays, options):
 
 
 @needs_mosaic
-@pytest.mark.parametrize("head_dim", [64, 80])
-@pytest.mark.parametrize("order", ["tiles", "heads"])
-def test_interpreted_stripe_attention(order, head_dim):
-    sizes = dict(batch=1, side=16, num_heads=1, head_dim=head_dim)
-    case = stripe_cases.Case(density=0.5, order=order, **sizes)
+def test_interpreted_stripe_attention():
+    case = stripe_cases.Case(batch=1, side=16, num_heads=1, density=0.5)
     arrays, options = stripe_arguments(case)
     options["out_scale"] = jnp.float32(2.0**-10)
     out = stripe_attention.attend_by_groups(*arrays, interpret=interpret(), **options)
@@ -167,11 +141,58 @@ def test_interpreted_stripe_attention(order, head_dim):
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("head_dim", "has_bias"), [(64, True), (64, False), (80, True)])
-def test_interpreted_window_attention(head_dim, has_bias):
-    case = window_cases.Case(batch=1, side=10, num_heads=1, head_dim=head_dim, window_size=7)
-    arrays, options = window_arguments(case, has_bias=has_bias)
+def test_interpreted_window_attention():
+    case = window_cases.Case(batch=1, side=7, num_heads=1, window_size=7)
+    arrays, options = window_arguments(case)
     options["out_scale"] = jnp.float32(2.0**-10)
     values = run(window_attention, *arrays, interpret=interpret(), **options)
     out = Float8Rows(values, options["out_scale"])
     check_attention(window_attention.window_attention, out, arrays, options)
+
+
+def lowers(function, *arrays) -> bool:
+    """Whether a function of arrays or their shapes lowers for a GPU, to one of the kernels."""
+    traced = jax.jit(function).trace(*arrays)
+    return "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_mosaic
+@pytest.mark.parametrize("preset", ["vit_t", "vit_h"])
+def test_layers_lower(preset):
+    d = PRESETS[preset].image_encoder.embed_dim
+    x = jax.ShapeDtypeStruct((2, 1024, d), jnp.bfloat16)
+    vector, index = jnp.zeros(d), jax.ShapeDtypeStruct((2, 400), jnp.int32)
+    rows = jax.eval_shape(quantize_rows, x)
+    static = rows._replace(scale=SCALE)
+    qkv, kernel = (
+        jax.eval_shape(quantize_weight, jax.ShapeDtypeStruct((d, n), jnp.float32))
+        for n in (3 * d, d)
+    )
+    _, _, weights = jax.eval_shape(functools.partial(float8_block, d=d, h=4 * d))
+    assert lowers(lambda *a: run(layer_norm, *a, dtype=DTYPE), x, vector, vector)
+    project = functools.partial(run, projection)
+    assert lowers(functools.partial(project, dtype="bfloat16"), rows, qkv, jnp.zeros(3 * d))
+    assert lowers(lambda *a: project(*a[:3], residual=a[3]), static, kernel, vector, x)
+    assert lowers(functools.partial(run, routed_mlp), x, index, weights)
+    # The first product in 16 bits, whose GELU gives 8.
+    kernel1 = jax.eval_shape(functools.partial(dequantize, dtype="bfloat16"), weights.kernel1)
+    mixed = weights._replace(kernel1=kernel1)
+    assert lowers(functools.partial(run, routed_mlp), x, None, mixed)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("head_dim", "order"), [(64, "groups"), (80, "tiles")])
+def test_stripe_attention_lowers(head_dim, order):
+    sizes = dict(batch=2, num_heads=2, head_dim=head_dim, density=0.3)
+    arrays, options = stripe_arguments(stripe_cases.Case(order=order, **sizes))
+    attend = functools.partial(stripe_attention.attend_by_groups, *arrays, **options)
+    assert lowers(lambda scale: attend(out_scale=scale), SCALE)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("head_dim", "has_bias"), [(64, False), (80, True)])
+def test_window_attention_lowers(head_dim, has_bias):
+    case = window_cases.Case(batch=2, num_heads=2, head_dim=head_dim, density=0.3)
+    arrays, options = window_arguments(case, has_bias=has_bias)
+    attend = functools.partial(run, window_attention, *arrays, **options)
+    assert lowers(lambda scale: attend(out_scale=scale), SCALE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import relative_position, stripe_operands, window_attention
+from pallas_kernels import float8, relative_position, stripe_operands, window_attention
 from pallas_kernels.tile_position import supports_tiles
 from pallas_kernels.tuning import H200, fitting_matmul, padded
 from sparsesam_jax.config import PRESETS
@@ -64,6 +64,18 @@ def test_products(preset, rows):
         configs = next(configs for most, configs in table.items() if m <= most)
         for dtype in (jnp.bfloat16, jnp.float16):
             assert fitting_matmul(epilogue, m, n, k, dtype) == configs[number]
+
+
+@pytest.mark.parametrize("rows", [1229, 32768])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_float8_products(preset, rows):
+    d = PRESETS[preset].image_encoder.embed_dim
+    shallow, deep = H200.float8.values()
+    products = (("bias", 3 * d, d), ("add", d, d), ("gelu", 4 * d, d), ("add", d, 4 * d))
+    for epilogue, n, k in products:
+        configs = deep if k > 2048 else shallow
+        number = {(192, 192): 3, (192, 768): 2}.get((d, k), 0)  # 192 is no multiple of 128
+        assert fitting_matmul(epilogue, padded(rows), n, k, float8.DTYPE) == configs[number]
 
 
 @pytest.mark.parametrize("head_dim", window_attention.HEAD_DIMS)
