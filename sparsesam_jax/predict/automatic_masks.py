@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 PIXELS_AT_ONCE = 2**26  # Of masks that come to the host in one array that needs no copy.
 _CROP_EDGE = 20.0  # Pixels from a crop's edge within which a mask may have been cut off.
+_POINTS_ON_CPU = 4  # of a call: a sixth less time than one by one
 _TOKENS = 2  # of a prompt: its point, and the one that SAM adds to points without a box
 _EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
 
@@ -227,7 +228,7 @@ class AutomaticMaskGenerator:
         patch = predictor.compiled.config.image_encoder.patch_size
         at_once = self.points_per_batch
         if not predictor.on_device:
-            at_once = min(at_once, predictor.prompts_at_once)
+            at_once = min(at_once, max(_POINTS_ON_CPU, predictor.prompts_at_once))
         for image, (crop, embedding) in enumerate(zip(crops, predictor.embeddings, strict=True)):
             (size,), (rows, cols) = embedding.sizes, embedding.features.shape[1:3]
             frame = ((rows * patch, cols * patch), size.resized, size.original)
@@ -241,6 +242,7 @@ class AutomaticMaskGenerator:
                     *pad_together([part], at_once, _TOKENS),
                     frame=embedding.frame,
                 )
+                iou.copy_to_host_async()
                 yield _Call(image, points[start : start + at_once], frame, low_res, iou)
 
     def _measured(self, call: _Call) -> tuple[_Call, np.ndarray, np.ndarray, _Measures]:

@@ -92,7 +92,8 @@ def measure_on_host(
         inner, outer = logits > MASK_THRESHOLD + offset, logits > MASK_THRESHOLD - offset
         counts[:, place] = [np.count_nonzero(x) for x in (mask, inner, outer)]
         boxes[place] = mask_box(mask)
-    return lambda: MaskMeasures(*counts, boxes)
+    area, inner, outer = counts
+    return lambda: MaskMeasures(area, inner, outer, boxes)
 
 
 def measure_on_device(

@@ -29,6 +29,7 @@ def test_replaced_layers_are_called(tmp_path, name: str):
     embedding = ImageEmbedding(jnp.asarray(features, jnp.float32), None)
     decode = nnx.jit(lambda sam: sam.decode(embedding, points, labels)[0])
     expected = np.asarray(decode(sam))
+    new = None
     for layer in sam.mask_decoder.transformer.layers:
         for attention in (layer.cross_attn_token_to_image, layer.cross_attn_image_to_token):
             own = getattr(attention, name)
@@ -36,5 +37,6 @@ def test_replaced_layers_are_called(tmp_path, name: str):
             nnx.update(new, nnx.state(own))
             setattr(attention, name, new)
     np.testing.assert_allclose(decode(sam), expected, atol=2e-5 * np.abs(expected).max())
+    assert new is not None
     new.kernel[...] = jax.random.normal(jax.random.key(0), new.kernel.shape)
     assert np.abs(decode(sam) - expected).max() > 1e-2 * np.abs(expected).max()

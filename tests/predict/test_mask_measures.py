@@ -30,7 +30,7 @@ def test_as_on_the_host(monkeypatch, size: tuple[int, int]):
     slots = len(rows.pixels) * len(cols.pixels)
     monkeypatch.setattr(mask_measures, "MEASURED_SLOTS", 8 * slots)
     noise = np.random.default_rng(0).normal(size=(4, 3, *LOW))
-    low_res = np.float32(8 * scipy.ndimage.gaussian_filter(noise, (0, 0, 2, 2)))
+    low_res = 8 * scipy.ndimage.gaussian_filter(noise, (0, 0, 2, 2)).astype(np.float32)
     low_res[0, 1], low_res[1, 2] = -3, 3
     which = np.array([11, 1, 5, 0, 2, 3, 4, 6, 7, 8, 9])
     got = measure_on_device(jnp.asarray(low_res), which, *frame(size), offset=0.3)()

@@ -22,7 +22,6 @@ from sparsesam_jax import Sam as OurSam  # noqa: E402
 from sparsesam_jax import SamPredictor, Sparsity  # noqa: E402
 from sparsesam_jax.checkpoints.sources import locate  # noqa: E402
 from sparsesam_jax.predict import automatic_masks, mask_measures, mask_pool  # noqa: E402
-from sparsesam_jax.predict import predictor as predictor_module  # noqa: E402
 from sparsesam_jax.predict.automatic_masks import AutomaticMaskGenerator  # noqa: E402
 from sparsesam_jax.predict.mask_measures import mask_box  # noqa: E402
 from sparsesam_jax.segment_anything import SamAutomaticMaskGenerator  # noqa: E402
@@ -112,9 +111,8 @@ def check_records(mine: list[dict], metas: list[dict]) -> None:
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
-@pytest.mark.parametrize("size", [(90, 120), (150, 70)], ids=str)
-def test_records_are_metas(models, cv2, options: dict, size: tuple[int, int], monkeypatch):
-    monkeypatch.setattr(predictor_module, "PROMPTS_ON_CPU", 4)  # a chunk that is not full
+def test_records_are_metas(models, cv2, options: dict):
+    size = (90, 120) if len(options) % 2 else (150, 70)
     image, options = photo(*size), {"points_per_batch": 4} | LOOSE | options
     metas = import_meta().SamAutomaticMaskGenerator(models[1], **options).generate(image)
     check_records(SamAutomaticMaskGenerator(models[0], **options).generate(image), metas)
@@ -131,8 +129,7 @@ def test_a_trained_model_on_a_photo(tmp_path):
     check_records(mine, import_meta().SamAutomaticMaskGenerator(model, **options).generate(image))
 
 
-@pytest.mark.parametrize("transforms", ["host", "device"])
-@pytest.mark.parametrize("crops", [0, 1])
+@pytest.mark.parametrize(("transforms", "crops"), [("host", 1), ("device", 0), ("device", 1)])
 @pytest.mark.parametrize("mode", ["uncompressed_rle", "coco_rle"])
 def test_output_modes(models, mode: str, crops: int, transforms: Any):
     image, options = photo(90, 128), LOOSE | {"crop_n_layers": crops}
@@ -157,8 +154,7 @@ def test_nothing_found(models):
         assert generator.generate(photo(60, 60)) == []
 
 
-@pytest.mark.parametrize("padding", ["square", "crop"])
-@pytest.mark.parametrize("transforms", ["host", "device"])
+@pytest.mark.parametrize(("transforms", "padding"), [("host", "crop"), ("device", "square")])
 def test_several_photos(models, transforms: Any, padding: Any):
     """As one by one, with a sparse encoder and photos of any sizes."""
     sam = models[0].sam.with_sparsity(Sparsity(0.5))
@@ -173,7 +169,7 @@ def test_several_photos(models, transforms: Any, padding: Any):
 
 
 @pytest.mark.parametrize("transforms", ["host", "device"])
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (300, 1)], ids=str)
 def test_tiny_photos(models, size: tuple[int, int], transforms: Any):
     options = LOOSE | {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
     image = np.full((*size, 3), 200, np.uint8)
@@ -217,7 +213,9 @@ def test_many_masks_in_pools(models, monkeypatch):
     """More masks than a pool holds, and more than are taken at once, are the host's too."""
     monkeypatch.setattr(mask_pool, "POOL", 5)
     monkeypatch.setattr(mask_pool.DevicePool, "at_once", 3)
-    options = LOOSE | {"box_nms_thresh": 1.0, "pred_iou_thresh": 0.0, "crop_n_layers": 1}
+    options: dict[str, Any] = {"points_per_side": 3, "crop_n_layers": 1}
+    options |= {name: 0.0 for name in ("pred_iou_thresh", "stability_score_thresh")}
+    options |= {name: 1.0 for name in ("box_nms_thresh", "crop_nms_thresh")}
     image = photo(90, 120)
     found = [
         AutomaticMaskGenerator(SamPredictor(models[0].sam, transforms=transforms), **options)
