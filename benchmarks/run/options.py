@@ -76,7 +76,7 @@ def check(options: Any) -> None:
             raise ValueError(f"density must lie in (0, 1], got {value}")
     for field, names in (options.choices | {"dtype": shapes.DTYPES}).items():
         for value in values(field):
-            check_name({"axes": "axis"}.get(field, field.removesuffix("s")), value, names)
+            check_name("axis" if field == "axes" else field.removesuffix("s"), value, names)
 
 
 def check_name(what: str, value: str, names: Sequence[str]) -> None:

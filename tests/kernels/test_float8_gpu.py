@@ -162,7 +162,8 @@ def check_attention(function, qkv: jax.Array, tables: tuple, **options: Any) -> 
     np.testing.assert_array_equal(jnp.isnan(out.values), nan)
     values = jnp.where(nan, jnp.zeros((), DTYPE), out.values)
     assert bool((jnp.abs(values.astype(jnp.float32)) == 448).any())
-    assert error_before_rounding(Float8Rows(values, scale), exact) <= TOLERANCE
+    # As the kernels in 16 bits: the weights of the softmax are rounded to q's dtype.
+    assert error_before_rounding(Float8Rows(values, scale), exact) <= 5e-3
 
 
 @pytest.mark.parametrize(
