@@ -227,7 +227,7 @@ class TwoWayAttentionBlock(nnx.Module):
         queries = self.norm2(queries + attended)
         queries = self.norm3(queries + self.mlp(queries))
         attended = self.cross_attn_image_to_token.to_image(keys, queries + tokens, queries, present)
-        image = image[:, None] + attended.reshape(len(image), -1, *image.shape[1:])
+        image = image[:, None] + attended.reshape(image.shape[0], -1, *image.shape[1:])
         return queries, self.norm4(image.reshape(attended.shape))
 
 
@@ -281,7 +281,7 @@ class DecoderAttention(nnx.Module):
             image: What the values are made of.
         """
         shape = tokens.shape
-        tokens = tokens.reshape(len(image), -1, shape[-1])
+        tokens = tokens.reshape(image.shape[0], -1, shape[-1])
         if self._replaced:
             return self(tokens, keys, image).reshape(shape)
         q = self._heads("q_proj", tokens)
@@ -311,7 +311,7 @@ class DecoderAttention(nnx.Module):
             values: What the values are made of.
             present: Which tokens are there.
         """
-        groups, (batch, length) = len(image), present.shape
+        groups, (batch, length) = image.shape[0], present.shape
         if self._replaced:
             image = jnp.repeat(image, batch // groups, axis=0)
             return self(image, keys, values, present)
@@ -389,7 +389,7 @@ def _products(
     precision: jax.lax.Precision | None,
 ) -> Float[Array, "B K *pixels"]:
     """Each mask's weights times the upscaled features, in float32."""
-    flat = upscaled.reshape(len(upscaled), -1, upscaled.shape[-1])
+    flat = upscaled.reshape(upscaled.shape[0], -1, upscaled.shape[-1])
     options = {"precision": precision, "preferred_element_type": jnp.float32}
     found = jnp.einsum("bkc,bpc->bkp", weights, flat, **options)
     return found.reshape(*found.shape[:2], *upscaled.shape[1:-1])
@@ -397,7 +397,7 @@ def _products(
 
 def _raster(x: Float[Array, "B N 2 2 2 2 c"], grid: Grid) -> Float[Array, "B height width c"]:
     """Squares of pixels, of squares of pixels, put in their places."""
-    batch, channels = len(x), x.shape[-1]
+    batch, channels = x.shape[0], x.shape[-1]
     x = x.reshape(batch, *grid, 2, 2, 2, 2, channels)
     x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
     return x.reshape(batch, 4 * grid[0], 4 * grid[1], channels)

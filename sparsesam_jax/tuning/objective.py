@@ -118,7 +118,10 @@ class Objective:
             loss = of_mask[..., 0]
             best = found["true_iou"][..., 0]
             if logits.shape[2] > 1:
-                loss += of_mask[..., 1:].min(-1)
+                # By its place: the gradient of `min` looks for the value, and divides by 0 where
+                # the compiler has rounded it differently when it computed it again.
+                place = of_mask[..., 1:].argmin(-1, keepdims=True)
+                loss += jnp.take_along_axis(of_mask[..., 1:], place, -1)[..., 0]
                 best = found["true_iou"][..., 1:].max(-1)
             # Every mask's quality is predicted, the poor ones' too.
             loss += self.losses.iou * found["iou"].mean(-1)

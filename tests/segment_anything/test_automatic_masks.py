@@ -169,13 +169,16 @@ def test_several_photos(models, transforms: Any, padding: Any):
 
 
 @pytest.mark.parametrize("transforms", ["host", "device"])
-@pytest.mark.parametrize("size", [(1, 1), (300, 1)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 300)], ids=str)
 def test_tiny_photos(models, size: tuple[int, int], transforms: Any):
     options = LOOSE | {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
     image = np.full((*size, 3), 200, np.uint8)
-    metas = import_meta().SamAutomaticMaskGenerator(models[1], **options).generate(image)
     predictor = SamPredictor(models[0].sam, transforms=transforms)
     mine = AutomaticMaskGenerator(predictor, **options).generate(image)
+    if max(size) == 300:  # Meta's code makes it 0 pixels high, and fails
+        assert mine and all(record["segmentation"].shape == size for record in mine)
+        return
+    metas = import_meta().SamAutomaticMaskGenerator(models[1], **options).generate(image)
     assert {tuple(record["bbox"]) for record in mine} == {tuple(r["bbox"]) for r in metas}
     assert len(mine) == len(metas)
 
@@ -185,7 +188,8 @@ def test_a_photo_of_48_megapixels(models, transforms: Any):
     """Its masks are those of the same photo at a tenth, where it is as coarse as that."""
     small = photo(60, 80)
     predictor = SamPredictor(models[0].sam, transforms=transforms)
-    options = LOOSE | {"points_per_side": 1, "box_nms_thresh": 1.0}
+    options: dict[str, Any] = {"points_per_side": 1, "box_nms_thresh": 1.0}
+    options |= {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
     few = AutomaticMaskGenerator(predictor, **options, output_mode="coco_rle")
     large = np.repeat(np.repeat(small, 100, 0), 100, 1)
     found, expected = few.generate(large), few.generate(small)

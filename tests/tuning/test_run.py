@@ -183,7 +183,7 @@ def test_a_teacher_is_followed(photos: Photos, tmp_path: Path):
     itself = Objective(prompting=Prompting(rounds=1), teacher_masks=True)
     tune(sam, photos, settings(objective=itself, steps=1), tmp_path / "itself", teacher=sam)
     row = json.loads((tmp_path / "itself" / "log.jsonl").read_text().splitlines()[-1])
-    assert row["iou_0"] == pytest.approx(row["wanted"] > 0, abs=1e-6)
+    assert row["iou_0"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_sparse_encoder_is_tuned_as_it_runs(photos: Photos, tmp_path: Path):
