@@ -15,6 +15,7 @@ from pathlib import Path
 from sparsesam_jax import Sam
 from sparsesam_jax.evaluation.datasets import folder_pairs, read_photo
 from sparsesam_jax.tuning.data import find, load
+from sparsesam_jax.tuning.losses import Losses
 from sparsesam_jax.tuning.objective import Objective
 from sparsesam_jax.tuning.prompting import Prompting
 from sparsesam_jax.tuning.run import MODEL, Settings, Stage, tune
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--weights", default="vit_t")
     parser.add_argument("--count", type=int, default=20, help="photos to tune on")
     parser.add_argument("--held-out", type=int, default=10, help="photos to measure on")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--out", type=Path, default=Path("tuned"))
     options = parser.parse_args(arguments)
 
@@ -46,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[float, float]:
         steps=options.steps,
         targets=2,
         train=("decoder",),
-        objective=Objective(prompting=Prompting(rounds=1)),
-        optimiser=Optimiser(learning_rate=2e-4, warmup=5, ema=0.9),
+        objective=Objective(prompting=Prompting(rounds=1), losses=Losses(alpha=0.5)),
+        optimiser=Optimiser(learning_rate=options.learning_rate, warmup=10, ema=0.9),
     )
     before = validate(sam, held_out)
     tuned = tune(sam, load(sources, 512), settings, options.out, report=print)

@@ -80,8 +80,8 @@ def test_jit_vmap_export(folder: Path, tmp_path: Path):
 
 def test_tune_decoder(folder: Path, tmp_path: Path):
     write_discs(tmp_path, 6)
-    counts = ("--count", "4", "--held-out", "2", "--steps", "60", "--out", str(tmp_path / "run"))
-    arguments = (tmp_path / "images", tmp_path / "masks", *counts)
+    counts = ("--count", "4", "--held-out", "2", "--steps", "150", "--learning-rate", "3e-3")
+    arguments = (tmp_path / "images", tmp_path / "masks", *counts, "--out", tmp_path / "run")
     before, after = run("tune_decoder.py", folder, *arguments)
     assert after > before
     assert (tmp_path / "run" / "model.safetensors").stat().st_size > 0
