@@ -83,5 +83,5 @@ def test_tune_decoder(folder: Path, tmp_path: Path):
     counts = ("--count", "4", "--held-out", "2", "--steps", "150", "--learning-rate", "3e-3")
     arguments = (tmp_path / "images", tmp_path / "masks", *counts, "--out", tmp_path / "run")
     before, after = run("tune_decoder.py", folder, *arguments)
-    assert after > before
+    assert after > before + 0.1
     assert (tmp_path / "run" / "model.safetensors").stat().st_size > 0
